@@ -1,0 +1,280 @@
+"""Behaviour cloning: supervised pre-training of a model's denoiser on demonstrations."""
+
+import argparse
+import ast
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.utils import configure_logger
+from stable_baselines3.common.vec_env import VecEnv
+from tqdm.rich import tqdm
+
+from sb3_dppo.demonstrations import Demonstrations, load_demonstrations
+from sb3_dppo.dppo import DPPO
+
+
+class BC:
+    """
+    Behaviour cloning of a diffusion policy: AdamW, a cosine learning rate and an exponential moving average (EMA) of the
+    weights (Ren et al. 2024, appendix D; Chi et al. 2023). The demonstrations' ranges become the policy's normalisation.
+
+    :param model: The model whose policy to train.
+    :param demonstrations: What to imitate.
+    :param batch_size: Chunks in a minibatch.
+    :param learning_rate: Learning rate at the beginning; it goes to zero along a cosine.
+    :param weight_decay: AdamW's weight decay.
+    :param ema_decay: Decay of the EMA, which is also warmed up: min(ema_decay, (1 + t) / (10 + t)) at its update t.
+    :param ema_update_every: Gradient steps between two updates of the EMA.
+    :param eval_env: Where to evaluate the EMA of the policy during training, or ``None``.
+    :param n_eval_episodes: Episodes of an evaluation.
+    :param eval_freq: Epochs between two evaluations.
+    :raises ValueError: if the demonstrations don't fit the model's env.
+    """
+
+    def __init__(
+        self,
+        model: DPPO,
+        demonstrations: Demonstrations,
+        *,
+        batch_size: int = 128,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-6,
+        ema_decay: float = 0.995,
+        ema_update_every: int = 10,
+        eval_env: gym.Env | VecEnv | None = None,
+        n_eval_episodes: int = 10,
+        eval_freq: int = 10,
+    ) -> None:
+        self.model = model
+        self.demonstrations = demonstrations
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.ema_decay = ema_decay
+        self.ema_update_every = ema_update_every
+        self.eval_env = eval_env
+        self.n_eval_episodes = n_eval_episodes
+        self.eval_freq = eval_freq
+        self.n_stack = self._check_demonstrations()
+
+        first, chunks = demonstrations.chunks(model.policy.horizon)
+        self._set_normalization()
+        observations = demonstrations.stacked_observations(first, self.n_stack)
+        self.observations = th.as_tensor(observations.reshape(len(first), *model.observation_space.shape), device=model.device)  # type: ignore[misc]
+        self.actions = model.policy.normalize_actions(th.as_tensor(chunks, device=model.device))
+
+    def _check_demonstrations(self) -> int:
+        """
+        :return: How many frames the model's env stacks.
+        :raises ValueError: if the demonstrations can't be of that env.
+        """
+        demonstrations, model = self.demonstrations, self.model
+        if not isinstance(model.observation_space, spaces.Box):
+            raise ValueError(f"demonstrations are of vectors, but the model's observation space is {model.observation_space}.")
+        *leading, width = demonstrations.observations.shape[1:]
+        *model_leading, model_width = model.observation_space.shape
+        if leading != model_leading or model_width % width != 0:
+            raise ValueError(
+                f"demonstrations have observations of shape {demonstrations.observations.shape[1:]}, but the model's env has "
+                f"{model.observation_space.shape} (or, stacked, a multiple): they are of another env."
+            )
+        if demonstrations.actions.shape[1] != model.policy.action_dim:
+            raise ValueError(
+                f"demonstrations have actions of size {demonstrations.actions.shape[1]}, but the model's env has "
+                f"{model.policy.action_dim}: they are of another env."
+            )
+        low, high = (bound.flatten() for bound in (model.action_space.low, model.action_space.high))  # type: ignore[attr-defined]
+        slack = 1e-3 * (high - low)
+        outside = ((demonstrations.actions < low - slack) | (demonstrations.actions > high + slack)).any(axis=1)
+        if outside.any():
+            raise ValueError(
+                f"demonstrations have {outside.sum()} actions outside the bounds of the model's env, the first in transition "
+                f"{outside.argmax()}: they are of another env, or normalised (see load_demonstrations' normalization)."
+            )
+        self._check_env_id()
+        return model_width // width
+
+    def _check_env_id(self) -> None:
+        env_id, env = self.demonstrations.env_id, self.model.get_env()
+        spec = None if env is None or not env.has_attr("spec") else env.get_attr("spec", 0)[0]
+        if env_id is None or spec is None or spec.id == env_id:
+            return
+        if spec.id.rpartition("-v")[0] != env_id.rpartition("-v")[0]:
+            raise ValueError(f"demonstrations are of {env_id}, but the model's env is {spec.id}.")
+        warnings.warn(f"The demonstrations are of {env_id}, another version of the model's env {spec.id}.")
+
+    def _set_normalization(self) -> None:
+        """
+        Give the policy the ranges of the demonstrations, per frame where frames are stacked.
+        """
+        vec_normalize = self.model.get_vec_normalize_env()
+        if vec_normalize is not None and vec_normalize.norm_obs:
+            warnings.warn(
+                "The model's env is wrapped in VecNormalize, but demonstrations are of the env's own observations, which the "
+                "policy normalises itself: use VecNormalize(norm_obs=False)."
+            )
+        observations, actions = self.demonstrations.observations, self.demonstrations.actions
+        self.model.policy.set_normalization(
+            np.concatenate([observations.min(axis=0)] * self.n_stack, axis=-1),
+            np.concatenate([observations.max(axis=0)] * self.n_stack, axis=-1),
+            actions.min(axis=0),
+            actions.max(axis=0),
+        )
+
+    def train(self, n_epochs: int, progress_bar: bool = True, log_interval: int = 1) -> DPPO:
+        """
+        Train the denoiser. Its EMA ends up in the model's denoiser and base denoiser, also after an interruption, and the
+        optimisers of the model start anew.
+
+        :param n_epochs: Passes over the demonstrations.
+        :param progress_bar: Display a progress bar.
+        :param log_interval: Epochs between two logs.
+        :return: The model.
+        """
+        from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
+
+        if n_epochs < 1:
+            raise ValueError(f"n_epochs={n_epochs} must be at least 1.")
+        policy, n_chunks = self.model.policy, len(self.actions)
+        n_batches = max(1, round(n_chunks / self.batch_size))
+        parameters = list(policy.optimizer.param_groups[0]["params"])
+        optimizer = th.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
+        lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=n_epochs * n_batches)
+        ema = EMAModel(parameters, decay=self.ema_decay)
+        logger = self._logger()
+        policy.set_training_mode(True)
+        try:
+            for epoch in tqdm(range(1, n_epochs + 1), desc="BC", unit="epoch", disable=not progress_bar):
+                losses = []
+                for step, index in enumerate(th.randperm(n_chunks, device=self.model.device).tensor_split(n_batches)):
+                    loss = policy.bc_loss(self.observations[index], self.actions[index])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    lr_scheduler.step()
+                    losses.append(loss.detach())
+                    if step % self.ema_update_every == 0:
+                        ema.step(parameters)
+                if self.eval_env is not None and (epoch % self.eval_freq == 0 or epoch == n_epochs):
+                    self._evaluate(ema, parameters, logger)
+                if epoch % log_interval == 0:
+                    logger.record("bc/epoch", epoch)
+                    logger.record("bc/loss", th.stack(losses).mean().item())
+                    logger.record("bc/learning_rate", lr_scheduler.get_last_lr()[0])
+                    logger.dump(epoch)
+        finally:
+            ema.copy_to(parameters)
+            policy.update_base_denoiser()
+            policy.make_optimizers(self.model.lr_schedule(1))
+            policy.set_training_mode(False)
+            self.model.pretrained_on_demonstrations = True
+        return self.model
+
+    def _evaluate(self, ema: Any, parameters: list[th.nn.Parameter], logger: Logger) -> None:
+        """
+        Log the return of the EMA of the policy.
+
+        :param ema: diffusers' ``EMAModel``.
+        :param parameters: The parameters that are trained.
+        :param logger: Where to log.
+        """
+        assert self.eval_env is not None
+        policy = self.model.policy
+        ema.store(parameters)
+        ema.copy_to(parameters)
+        # The base denoiser runs the first steps, so it must follow.
+        policy.update_base_denoiser()
+        mean, std = evaluate_policy(self.model, self.eval_env, self.n_eval_episodes, warn=False)
+        ema.restore(parameters)
+        policy.set_training_mode(True)
+        logger.record("eval/mean_reward", mean)
+        logger.record("eval/std_reward", std)
+
+    def _logger(self) -> Logger:
+        if self.model._custom_logger:
+            return self.model.logger
+        return configure_logger(self.model.verbose, self.model.tensorboard_log, "BC")
+
+
+def main() -> None:
+    """
+    The command line: pre-train a policy and save it, as ``rl_zoo3.train --algo dppo -i`` takes it.
+    """
+    parser = argparse.ArgumentParser(prog="python -m sb3_dppo.bc", description="Pre-train a diffusion policy on demonstrations.")
+    parser.add_argument("--env", required=True, help="Gymnasium id of the environment")
+    parser.add_argument("--demos", required=True, help="bundled set (hopper-medium), .npz file or Minari dataset id")
+    parser.add_argument("-o", "--output", required=True, help="zip file to write")
+    parser.add_argument("--policy", default="DiffusionMlpPolicy")
+    parser.add_argument("--policy-kwargs", nargs="+", default=[], metavar="KEY:VALUE", help="such as horizon:4 denoising_steps:20")
+    parser.add_argument("-params", "--hyperparams", nargs="+", default=[], metavar="KEY:VALUE", help="arguments of DPPO")
+    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--eval-episodes", type=int, default=20, help="episodes of the final evaluation, 0 for none")
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--num-threads", type=int, default=0, help="threads for PyTorch, 0 for its default")
+    parser.add_argument("-tb", "--tensorboard-log", default=None)
+    args = parser.parse_args()
+    if args.num_threads > 0:
+        th.set_num_threads(args.num_threads)
+    output = Path(args.output)
+    if output.suffix != ".zip":
+        parser.error(f"--output {output} must end in .zip")
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+    demonstrations = load_demonstrations(args.demos)
+    returns = demonstrations.returns
+    print(
+        f"{len(demonstrations)} transitions, {demonstrations.n_episodes} episodes"
+        + ("" if returns is None else f", return {returns.mean():.0f} ± {returns.std():.0f}")
+    )
+    model = DPPO(
+        args.policy,
+        args.env,
+        policy_kwargs=_parse(args.policy_kwargs),
+        verbose=1,
+        seed=args.seed,
+        device=args.device,
+        tensorboard_log=args.tensorboard_log,
+        **_parse(args.hyperparams),
+    )
+    try:
+        BC(model, demonstrations, batch_size=args.batch_size, learning_rate=args.learning_rate).train(args.epochs)
+    except KeyboardInterrupt:
+        print("Interrupted: saving what was learned so far")
+    model.save(output)
+    print(f"Saved {output}")
+    if args.eval_episodes > 0:
+        assert model.env is not None
+        # Other seeds than training: the env's generator goes on from an unrelated one.
+        model.env.seed(10_000 + (args.seed or 0))
+        mean, std = evaluate_policy(model, model.env, args.eval_episodes)
+        print(f"Mean reward: {mean:.2f} +/- {std:.2f} over {args.eval_episodes} episodes")
+
+
+def _parse(items: list[str]) -> dict[str, Any]:
+    """
+    :param items: "key:value" strings, values being Python literals or plain words.
+    :return: The dictionary that they mean.
+    """
+    parsed: dict[str, Any] = {}
+    for item in items:
+        key, _, value = item.partition(":")
+        try:
+            parsed[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parsed[key] = value
+    return parsed
+
+
+if __name__ == "__main__":
+    main()

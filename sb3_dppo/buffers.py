@@ -1,0 +1,350 @@
+"""The rollout buffer: one row per decision with its denoising chain, GAE over decisions, minibatches of denoising steps."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import BaseBuffer
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+
+# Range of elementwise log-densities that enter a probability ratio (the reference implementation's).
+LOG_PROB_RANGE = (-5.0, 2.0)
+
+
+class DenoisingRolloutBufferSamples(NamedTuple):
+    """
+    What one gradient step sees. The first five fields hold all D decisions of the rollout, without a copy; a minibatch is N
+    (decision, denoising index) pairs for the actor and V decisions for the critic.
+
+    :param observations: Shape (D, ...).
+    :param returns: Targets of the critic, shape (D,).
+    :param old_values: Values when the decisions were made, shape (D,).
+    :param advantages: Shape (D,).
+    :param n_executed: How many actions of each chunk were executed, shape (D,).
+    :param decision_index: Which decision a pair belongs to, shape (N,).
+    :param denoising_index: Which denoising step of it, 0 being the noisiest that is fine-tuned, shape (N,).
+    :param chain_prev: Iterates before the steps, shape (N, Tp, Da).
+    :param chain_next: Iterates after the steps, shape (N, Tp, Da).
+    :param old_log_prob: Log-probabilities when sampled, clamped and averaged over executed actions, shape (N,).
+    :param value_index: The critic's decisions, shape (V,).
+    :param bc_noise: Noise for chains of the base policy, shape (S+1, N, Tp, Da), or ``None``.
+    """
+
+    observations: th.Tensor
+    returns: th.Tensor
+    old_values: th.Tensor
+    advantages: th.Tensor
+    n_executed: th.Tensor
+    decision_index: th.Tensor
+    denoising_index: th.Tensor
+    chain_prev: th.Tensor
+    chain_next: th.Tensor
+    old_log_prob: th.Tensor
+    value_index: th.Tensor
+    bc_noise: th.Tensor | None = None
+
+
+def mean_log_prob(log_prob: th.Tensor, n_executed: th.Tensor) -> th.Tensor:
+    """
+    Clamp elementwise log-densities and average them over the executed actions of each chunk.
+
+    :param log_prob: Shape (N, Tp, Da).
+    :param n_executed: Shape (N,).
+    :return: Shape (N,).
+    """
+    per_action = log_prob.clamp(*LOG_PROB_RANGE).mean(dim=-1)
+    executed = th.arange(per_action.shape[-1], device=per_action.device) < n_executed[:, None]
+    return (per_action * executed).sum(dim=-1) / n_executed
+
+
+class RewardScaler:
+    """
+    Divides rewards of decisions by the running std of the discounted return over decisions.
+
+    :param n_envs: Number of envs.
+    """
+
+    epsilon = 1e-8
+    clip = 10.0
+
+    def __init__(self, n_envs: int) -> None:
+        self.statistics = RunningMeanStd(shape=())
+        self.returns = np.zeros(n_envs)
+
+    def forget_episodes(self, n_envs: int) -> None:
+        """
+        Begin new episodes in all envs and keep the statistics.
+
+        :param n_envs: Number of envs.
+        """
+        self.returns = np.zeros(n_envs)
+
+    def scale(self, rewards: np.ndarray) -> np.ndarray:
+        """
+        :param rewards: Rewards.
+        :return: Scaled rewards, clipped to ± 10.
+        """
+        return np.clip(rewards / np.sqrt(self.statistics.var + self.epsilon), -self.clip, self.clip)
+
+
+class DenoisingRolloutBuffer(BaseBuffer):
+    """
+    Decisions of one rollout, in the order in which they were made, with the denoising chains that led to them.
+
+    A decision lasts 1 … ``act_steps`` env steps. The envs decide together every ``act_steps`` steps; one whose episode ends in
+    between decides again alone, and that chunk is cut at the next common boundary. So there are at least
+    ``buffer_size / act_steps`` decisions per env, for which memory is allocated, and it grows if many episodes end.
+
+    :param buffer_size: Env steps per env and rollout, a multiple of ``act_steps``.
+    :param observation_space: Observation space.
+    :param action_space: Action space.
+    :param horizon: Tp, actions in a chunk.
+    :param act_steps: Ta, actions that are executed of it.
+    :param ft_denoising_steps: K', the denoising steps that are kept.
+    :param device: Where observations, chains and log-probabilities are kept.
+    :param gae_lambda: GAE's λ, per decision.
+    :param gamma: Discount of a decision of ``act_steps`` env steps.
+    :param n_envs: Number of envs.
+    """
+
+    observation_space: spaces.Space
+    obs_shape: tuple[int, ...]
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        horizon: int,
+        act_steps: int,
+        ft_denoising_steps: int,
+        device: th.device | str = "auto",
+        gae_lambda: float = 1,
+        gamma: float = 0.99,
+        n_envs: int = 1,
+    ) -> None:
+        super().__init__(buffer_size, observation_space, action_space, device, n_envs=n_envs)
+        self.horizon = horizon
+        self.act_steps = act_steps
+        self.ft_denoising_steps = ft_denoising_steps
+        self.gae_lambda = gae_lambda
+        self.gamma = gamma
+        self._allocate(n_envs * max(1, buffer_size // act_steps))
+        self.reset()
+
+    # ------------------------------------------------------------------ storage
+
+    def _allocate(self, capacity: int) -> None:
+        """
+        Make room for decisions and keep those that are there.
+
+        :param capacity: Number of decisions to make room for.
+        """
+        K, chunk = self.ft_denoising_steps, (self.horizon, self.action_dim)
+        # Observations keep their type, except that nothing needs float64.
+        obs_dtype = th.as_tensor(np.zeros((), dtype=self.observation_space.dtype)).dtype
+        tensors = dict(
+            observations=th.zeros((capacity, *self.obs_shape), dtype=th.float if obs_dtype == th.double else obs_dtype),
+            chains=th.zeros((capacity, K + 1, *chunk)),
+            log_probs=th.zeros((capacity, K, self.horizon)),
+            old_values=th.zeros(capacity),
+        )
+        arrays = dict(
+            env_index=np.zeros(capacity, dtype=np.int64),
+            rewards=np.zeros(capacity),
+            n_executed=np.zeros(capacity, dtype=np.int64),
+            episode_end=np.zeros(capacity, dtype=bool),
+            bootstrap_values=np.zeros(capacity),
+        )
+        for name, tensor in tensors.items():
+            tensor = tensor.to(self.device)
+            if hasattr(self, name):
+                tensor[: self.pos] = getattr(self, name)[: self.pos]
+            setattr(self, name, tensor)
+        for name, array in arrays.items():
+            if hasattr(self, name):
+                array[: self.pos] = getattr(self, name)[: self.pos]
+            setattr(self, name, array)
+        self.capacity = capacity
+
+    observations: th.Tensor
+    chains: th.Tensor
+    log_probs: th.Tensor
+    old_values: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+    env_index: np.ndarray
+    rewards: np.ndarray
+    n_executed: np.ndarray
+    episode_end: np.ndarray
+    bootstrap_values: np.ndarray
+
+    def reset(self) -> None:
+        """
+        Forget all decisions.
+        """
+        super().reset()
+        # Decisions that were made at the same env step: each env occurs at most once in such a slice.
+        self.rounds: list[slice] = []
+        self.last_decision = np.zeros(self.n_envs, dtype=np.int64)
+
+    def size(self) -> int:
+        """
+        :return: D, the number of decisions.
+        """
+        return self.pos
+
+    def add(  # type: ignore[override]
+        self, env_index: np.ndarray, obs: th.Tensor, chain: th.Tensor, log_prob: th.Tensor, values: th.Tensor
+    ) -> None:
+        """
+        Add a decision for each of some envs.
+
+        :param env_index: Which envs, shape (B,), each at most once.
+        :param obs: What they observed, shape (B, ...).
+        :param chain: Denoising chains, shape (B, K'+1, Tp, Da).
+        :param log_prob: Elementwise log-densities, shape (B, K', Tp, Da).
+        :param values: Values of the observations, shape (B, 1).
+        """
+        rows = slice(self.pos, self.pos + len(env_index))
+        if rows.stop > self.capacity:
+            self._allocate(max(2 * self.capacity, rows.stop))
+        self.observations[rows] = obs.reshape(len(env_index), *self.obs_shape)
+        self.chains[rows] = chain
+        self.log_probs[rows] = log_prob.clamp(*LOG_PROB_RANGE).mean(dim=-1)
+        self.old_values[rows] = values.flatten()
+        self.env_index[rows] = env_index
+        for array in (self.rewards, self.n_executed, self.episode_end, self.bootstrap_values):
+            array[rows] = 0
+        self.last_decision[env_index] = np.arange(rows.start, rows.stop)
+        self.rounds.append(rows)
+        self.pos = rows.stop
+
+    def add_rewards(self, rewards: np.ndarray) -> None:
+        """
+        Add the outcome of one env step, in every env, to the decisions that it belongs to.
+
+        :param rewards: Rewards, shape (n_envs,).
+        """
+        self.rewards[self.last_decision] += rewards
+        self.n_executed[self.last_decision] += 1
+
+    def end_episodes(self, env_index: np.ndarray, bootstrap_values: np.ndarray) -> None:
+        """
+        Mark that the episodes of some envs have ended.
+
+        :param env_index: Which envs, shape (B,).
+        :param bootstrap_values: Value of the last observation if the episode was truncated, 0 if it terminated, shape (B,).
+        """
+        rows = self.last_decision[env_index]
+        self.episode_end[rows] = True
+        self.bootstrap_values[rows] = bootstrap_values
+
+    # ------------------------------------------------------------------ returns
+
+    def discounts(self) -> np.ndarray:
+        """
+        :return: γ to the number of executed actions over ``act_steps``, for each decision, shape (D,).
+        """
+        return self.gamma ** (self.n_executed[: self.pos] / self.act_steps)
+
+    def scale_rewards(self, scaler: RewardScaler) -> None:
+        """
+        Update the scaler with this rollout, then scale its rewards.
+
+        :param scaler: Running statistics, and returns so far of the envs' episodes.
+        """
+        discounts, discounted = self.discounts(), np.zeros(self.pos)
+        for rows in self.rounds:
+            envs = self.env_index[rows]
+            # What the running return is worth after this decision is discounted by how long the decision lasts.
+            discounted[rows] = scaler.returns[envs] + self.rewards[rows]
+            scaler.returns[envs] = np.where(self.episode_end[rows], 0.0, discounts[rows] * discounted[rows])
+        scaler.statistics.update(discounted)
+        self.rewards[: self.pos] = scaler.scale(self.rewards[: self.pos])
+
+    def compute_returns_and_advantage(self, last_values: th.Tensor) -> None:
+        """
+        Generalised advantage estimation over decisions (Schulman et al. 2016), never across the end of an episode.
+
+        :param last_values: Values of the observations after the last env step, shape (n_envs, 1).
+        """
+        values, discounts = self.old_values[: self.pos].cpu().numpy().astype(np.float64), self.discounts()
+        next_values = last_values.cpu().numpy().astype(np.float64).flatten()
+        next_advantages = np.zeros(self.n_envs)
+        advantages = np.zeros(self.pos)
+        for rows in reversed(self.rounds):
+            envs, ends = self.env_index[rows], self.episode_end[rows]
+            following = np.where(ends, self.bootstrap_values[rows], next_values[envs])
+            delta = self.rewards[rows] + discounts[rows] * following - values[rows]
+            advantages[rows] = delta + np.where(ends, 0.0, discounts[rows] * self.gae_lambda * next_advantages[envs])
+            next_values[envs] = values[rows]
+            next_advantages[envs] = advantages[rows]
+        self.advantages = self.to_torch(advantages.astype(np.float32))
+        self.returns = self.advantages + self.old_values[: self.pos]
+
+    # ------------------------------------------------------------------ minibatches
+
+    def get(  # type: ignore[override]
+        self, batch_size: int | None = None, shuffle: str = "pairs"
+    ) -> Iterator[DenoisingRolloutBufferSamples]:
+        """
+        One epoch: each (decision, denoising index) pair and each decision of the critic once, in random order.
+
+        :param batch_size: Pairs in a minibatch, about: an epoch is split into nearly equal ones. ``None`` means all pairs.
+        :param shuffle: "pairs" draws them from all decisions and denoising steps, "decisions" takes all pairs of a decision
+            together, one after the other.
+        :return: Minibatches.
+        """
+        D, K = self.pos, self.ft_denoising_steps
+        n_batches = 1 if batch_size is None else max(1, round(D * K / batch_size))
+        if shuffle == "pairs":
+            group, pairs = 1, th.randperm(D * K, device=self.device)
+        else:
+            group, n_batches = K, min(n_batches, D)
+            decisions = th.randperm(D, device=self.device)
+            pairs = (decisions[:, None] * K + th.arange(K, device=self.device)).flatten()
+        batches = _split(pairs, n_batches, group)
+        # The critic goes once over the decisions, in as many slices as there are minibatches.
+        slices = _split(th.randperm(D, device=self.device), n_batches, 1)
+        for batch, value_index in zip(batches, slices, strict=True):
+            yield self._get_samples(batch, value_index)
+
+    def _get_samples(self, batch_inds: th.Tensor, value_index: th.Tensor) -> DenoisingRolloutBufferSamples:  # type: ignore[override]
+        """
+        :param batch_inds: Pairs, numbered decision by decision, shape (N,).
+        :param value_index: Decisions for the critic, shape (V,).
+        :return: A minibatch.
+        """
+        decision_index = batch_inds // self.ft_denoising_steps
+        denoising_index = batch_inds % self.ft_denoising_steps
+        n_executed = self.to_torch(self.n_executed[: self.pos])
+        old_log_probs = self.log_probs[decision_index, denoising_index]
+        return DenoisingRolloutBufferSamples(
+            observations=self.observations[: self.pos],
+            returns=self.returns,
+            old_values=self.old_values[: self.pos],
+            advantages=self.advantages,
+            n_executed=n_executed,
+            decision_index=decision_index,
+            denoising_index=denoising_index,
+            chain_prev=self.chains[decision_index, denoising_index],
+            chain_next=self.chains[decision_index, denoising_index + 1],
+            # Clamped and averaged over action dimensions already, over executed actions only here.
+            old_log_prob=mean_log_prob(old_log_probs[..., None], n_executed[decision_index]),
+            value_index=value_index,
+        )
+
+
+def _split(index: th.Tensor, n_batches: int, group: int) -> list[th.Tensor]:
+    """
+    :param index: What to split.
+    :param n_batches: Into how many nearly equal parts.
+    :param group: How many entries stay together.
+    :return: The parts.
+    """
+    n_groups = len(index) // group
+    bounds = [group * (i * n_groups // n_batches) for i in range(n_batches + 1)]
+    return [index[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]

@@ -1,0 +1,218 @@
+"""The networks that predict noise (or the clean chunk) from a noisy chunk, a timestep and observation features."""
+
+from collections.abc import Sequence
+
+import torch as th
+from torch import nn
+
+
+class ResidualBlock(nn.Module):
+    """
+    Two pre-activation linear layers around a skip connection.
+
+    :param width: Input and output size.
+    :param activation_fn: Activation before each linear layer.
+    :param layer_norm: Whether to normalise before each activation.
+    """
+
+    def __init__(self, width: int, activation_fn: type[nn.Module], layer_norm: bool) -> None:
+        super().__init__()
+        # 1e-6 and not PyTorch's 1e-5: what released checkpoints were trained with.
+        self.norm1 = nn.LayerNorm(width, eps=1e-6) if layer_norm else nn.Identity()
+        self.linear1 = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6) if layer_norm else nn.Identity()
+        self.linear2 = nn.Linear(width, width)
+        self.activation = activation_fn()
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        hidden = self.linear1(self.activation(self.norm1(x)))
+        return x + self.linear2(self.activation(self.norm2(hidden)))
+
+
+def make_mlp(
+    input_dim: int,
+    output_dim: int,
+    net_arch: Sequence[int],
+    activation_fn: type[nn.Module],
+    residual: bool = False,
+    layer_norm: bool = False,
+) -> nn.Sequential:
+    """
+    :param input_dim: Size of the input.
+    :param output_dim: Size of the output.
+    :param net_arch: Widths of the hidden layers.
+    :param activation_fn: Activation of the hidden layers.
+    :param residual: Use one linear layer followed by residual blocks of two, instead of plain layers.
+    :param layer_norm: Whether to normalise the hidden layers.
+    :return: The network, with a linear last layer.
+    :raises ValueError: for a residual network of an even number of layers or of different widths.
+    """
+    layers: list[nn.Module] = []
+    last = input_dim
+    if residual:
+        if len(net_arch) % 2 == 0 or len(set(net_arch)) != 1:
+            raise ValueError(
+                f"net_arch={list(net_arch)}: with residual=True it must be an odd number of equal widths, one layer and then "
+                "blocks of two, such as [256, 256, 256]; or set residual=False."
+            )
+        last = net_arch[0]
+        layers.append(nn.Linear(input_dim, last))
+        layers.extend(ResidualBlock(last, activation_fn, layer_norm) for _ in range(len(net_arch) // 2))
+    else:
+        for width in net_arch:
+            layers.append(nn.Linear(last, width))
+            if layer_norm:
+                layers.append(nn.LayerNorm(width))
+            layers.append(activation_fn())
+            last = width
+    layers.append(nn.Linear(last, output_dim))
+    return nn.Sequential(*layers)
+
+
+class MlpDenoiser(nn.Module):
+    """
+    A multilayer perceptron on the noisy chunk, the time embedding and the observation features.
+
+    A chain calls :meth:`encode` and :meth:`embed_timesteps` once and :meth:`forward` at every step.
+
+    :param action_dim: Da, size of one action.
+    :param horizon: Tp, actions in a chunk.
+    :param features_dim: Size of the observation features.
+    :param denoising_steps: K, the number of timesteps to embed.
+    :param net_arch: Widths of the hidden layers.
+    :param time_dim: Size of the time embedding, even.
+    :param activation_fn: Activation of the network and of its observation encoder.
+    :param residual: See :func:`make_mlp`.
+    :param layer_norm: See :func:`make_mlp`.
+    :param obs_encoder_arch: Widths of an encoder of the features, the last one its output size; ``None``: no encoder.
+    """
+
+    sinusoids: th.Tensor
+
+    def __init__(
+        self,
+        action_dim: int,
+        horizon: int,
+        features_dim: int,
+        denoising_steps: int,
+        net_arch: Sequence[int],
+        time_dim: int = 16,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        residual: bool = True,
+        layer_norm: bool = False,
+        obs_encoder_arch: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        from diffusers.models.embeddings import get_timestep_embedding
+
+        sinusoids = get_timestep_embedding(th.arange(denoising_steps), time_dim, downscale_freq_shift=1)
+        self.register_buffer("sinusoids", sinusoids, persistent=False)
+        self.time_mlp = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Mish(), nn.Linear(2 * time_dim, time_dim))
+        self.obs_encoder: nn.Module = nn.Identity()
+        if obs_encoder_arch:
+            self.obs_encoder = make_mlp(features_dim, obs_encoder_arch[-1], obs_encoder_arch[:-1], activation_fn)
+            features_dim = obs_encoder_arch[-1]
+        chunk_dim = horizon * action_dim
+        self.mlp = make_mlp(
+            chunk_dim + time_dim + features_dim, chunk_dim, net_arch, activation_fn, residual=residual, layer_norm=layer_norm
+        )
+
+    def encode(self, features: th.Tensor) -> th.Tensor:
+        """
+        :param features: Observation features, shape (B, features_dim).
+        :return: What the chain is conditioned on, shape (B, condition_dim).
+        """
+        return self.obs_encoder(features)
+
+    def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
+        """
+        :param timesteps: Training timesteps, shape (T,).
+        :return: Their embeddings, shape (T, time_dim).
+        """
+        return self.time_mlp(self.sinusoids[timesteps])
+
+    def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
+        """
+        :param sample: Noisy chunks, shape (B, Tp, Da).
+        :param time_embedding: From :meth:`embed_timesteps`, shape (time_dim,) for all rows or (B, time_dim).
+        :param condition: From :meth:`encode`, shape (B, condition_dim).
+        :return: The prediction, shape (B, Tp, Da).
+        """
+        time_embedding = time_embedding.expand(len(sample), -1)
+        return self.mlp(th.cat([sample.flatten(1), time_embedding, condition], dim=1)).view_as(sample)
+
+
+class UnetDenoiser(nn.Module):
+    """
+    diffusers' ``UNet1DModel`` along the chunk, conditioned by adding an embedding of the features to the time embedding,
+    which its residual blocks add to each channel.
+
+    :param action_dim: Da, the UNet's channels in and out.
+    :param horizon: Tp, the length that it works on.
+    :param features_dim: Size of the observation features.
+    :param net_arch: Channels of each level, multiples of 8; the chunk is halved between levels.
+    :param activation_fn: Activation of the features' embedding.
+    :raises ValueError: for a horizon that the UNet does not return unchanged, or channels that it can't group.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        horizon: int,
+        features_dim: int,
+        net_arch: Sequence[int],
+        activation_fn: type[nn.Module] = nn.Mish,
+    ) -> None:
+        super().__init__()
+        from diffusers import UNet1DModel
+
+        halvings = len(net_arch) - 1
+        if horizon % 2**halvings != 0:
+            raise ValueError(
+                f"horizon={horizon} can't be halved {halvings} times, once between each two levels of net_arch={list(net_arch)}: "
+                f"use a multiple of {2**halvings}, fewer levels, or DiffusionMlpPolicy."
+            )
+        if any(channels % 8 for channels in net_arch):
+            raise ValueError(f"net_arch={list(net_arch)}: the UNet's channels must be multiples of 8, its normalisation groups.")
+        self.unet = UNet1DModel(
+            sample_size=horizon,
+            in_channels=action_dim,
+            out_channels=action_dim,
+            time_embedding_type="positional",
+            use_timestep_embedding=True,
+            freq_shift=1.0,
+            flip_sin_to_cos=False,
+            down_block_types=("DownResnetBlock1D",) * len(net_arch),
+            up_block_types=("UpResnetBlock1D",) * halvings,
+            mid_block_type="MidResTemporalBlock1D",
+            out_block_type="OutConv1DBlock",
+            block_out_channels=tuple(net_arch),
+            act_fn="mish",
+        )
+        # The UNet adds the embedding that it is given: time and features are embedded here, once per chain.
+        self.time_proj, self.unet.time_proj = self.unet.time_proj, nn.Identity()
+        self.time_mlp, self.unet.time_mlp = self.unet.time_mlp, nn.Identity()
+        self.obs_encoder = make_mlp(features_dim, net_arch[0], [4 * net_arch[0]], activation_fn)
+
+    def encode(self, features: th.Tensor) -> th.Tensor:
+        """
+        :param features: Observation features, shape (B, features_dim).
+        :return: Their embedding, shape (B, net_arch[0]).
+        """
+        return self.obs_encoder(features)
+
+    def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
+        """
+        :param timesteps: Training timesteps, shape (T,).
+        :return: Their embeddings, shape (T, net_arch[0]).
+        """
+        return self.time_mlp(self.time_proj(timesteps))
+
+    def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
+        """
+        :param sample: Noisy chunks, shape (B, Tp, Da).
+        :param time_embedding: Shape (net_arch[0],) for all rows or (B, net_arch[0]).
+        :param condition: From :meth:`encode`, shape (B, net_arch[0]).
+        :return: The prediction, shape (B, Tp, Da).
+        """
+        return self.unet(sample.transpose(1, 2), time_embedding + condition).sample.transpose(1, 2)

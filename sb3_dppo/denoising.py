@@ -1,0 +1,259 @@
+"""The denoising process: a diffusers scheduler turned into Gaussian transitions whose mean and std can be differentiated."""
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch as th
+from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+
+class DenoisingChain(NamedTuple):
+    """
+    One sampled chunk per decision, with the iterates that led to it, in normalised action space.
+
+    :param actions: The clean chunks, shape (B, Tp, Da).
+    :param chain: The last K'+1 iterates, noisiest first, shape (B, K'+1, Tp, Da).
+    :param log_prob: Elementwise log-densities of ``chain[:, 1:]`` given ``chain[:, :-1]``, shape (B, K', Tp, Da).
+    """
+
+    actions: th.Tensor
+    chain: th.Tensor
+    log_prob: th.Tensor
+
+
+class Coefficients(NamedTuple):
+    """
+    What the reverse step at one position of the process needs. For a tensor of N positions each field has shape (N, 1, 1),
+    so that positions can be mixed in a batch; for a single position each field is a scalar tensor.
+    """
+
+    x0_from_sample: th.Tensor
+    x0_from_output: th.Tensor
+    noise_from_sample: th.Tensor
+    noise_from_output: th.Tensor
+    sqrt_alpha: th.Tensor
+    sqrt_one_minus_alpha: th.Tensor
+    mean_from_x0: th.Tensor
+    mean_from_sample: th.Tensor
+    one_minus_alpha_prev: th.Tensor
+    sigma: th.Tensor
+
+
+class DenoisingProcess(nn.Module):
+    """
+    The reverse process of a diffusers scheduler as transitions N(mean, sigma²), one per *position*:
+    position 0 is the noisiest step that is run, position ``inference_steps - 1`` the last one.
+
+    diffusers' ``step`` takes one timestep for the whole batch and returns a sample. Policy gradients need mean and std, for
+    batches that mix timesteps; so the tables are derived here from the scheduler (Ho et al. 2020, eq. 6-7 for DDPM; Song et al.
+    2021, eq. 12 for DDIM, with the noise computed again from the clamped clean sample).
+
+    :param scheduler: ``"ddpm"``, ``"ddim"`` or a diffusers ``DDPMScheduler`` or ``DDIMScheduler``, of which the class and the
+        options are kept, while K, the betas, the prediction type and the clamp come from the arguments below.
+    :param denoising_steps: K, the steps of the trained diffusion model.
+    :param inference_steps: S, the steps that are run. ``None`` means K, the only choice for DDPM.
+    :param beta_schedule: diffusers' name of the noise schedule.
+    :param prediction_type: What the denoiser's output means: "epsilon" (the noise), "sample" (the clean chunk)
+        or "v_prediction".
+    :param clip_sample_range: Clamp of the predicted clean chunk to ± this value, or ``None``.
+    :param clip_noise_pred: DDIM only: clamp of the noise, after the clean chunk was clamped, or ``None``.
+    :param clip_final_action: Clamp of the final sample to ± this value, or ``None``.
+    :raises ValueError: for a scheduler whose step is not such a transition, or a number of steps that it can't run.
+    """
+
+    table: th.Tensor
+    timesteps: th.Tensor
+
+    def __init__(
+        self,
+        scheduler: "str | DDPMScheduler | DDIMScheduler" = "ddpm",
+        denoising_steps: int = 20,
+        inference_steps: int | None = None,
+        beta_schedule: str = "squaredcos_cap_v2",
+        prediction_type: str = "epsilon",
+        clip_sample_range: float | None = 1.0,
+        clip_noise_pred: float | None = None,
+        clip_final_action: float | None = None,
+    ) -> None:
+        super().__init__()
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type={prediction_type!r} is unknown: choose one of {PREDICTION_TYPES}.")
+        if denoising_steps < 1:
+            raise ValueError(f"denoising_steps={denoising_steps} must be at least 1.")
+        self.denoising_steps = denoising_steps
+        self.inference_steps = denoising_steps if inference_steps is None else inference_steps
+        self.prediction_type = prediction_type
+        self.clip_sample_range = clip_sample_range
+        self.clip_noise_pred = clip_noise_pred
+        self.clip_final_action = clip_final_action
+        config = dict(
+            num_train_timesteps=denoising_steps,
+            beta_schedule=beta_schedule,
+            prediction_type=prediction_type,
+            clip_sample=clip_sample_range is not None,
+            clip_sample_range=1.0 if clip_sample_range is None else clip_sample_range,
+        )
+        self.scheduler = make_scheduler(scheduler, config)
+        self.is_ddim = type(self.scheduler).__name__ == "DDIMScheduler"
+        self._check_inference_steps()
+        self.scheduler.set_timesteps(self.inference_steps)
+        # Not persistent: a saved policy can be loaded with another sampler.
+        self.register_buffer("timesteps", self.scheduler.timesteps.clone(), persistent=False)
+        self.register_buffer("table", self._make_table(), persistent=False)
+
+    def _check_inference_steps(self) -> None:
+        K, S = self.denoising_steps, self.inference_steps
+        if not self.is_ddim and S != K:
+            raise ValueError(
+                f"inference_steps={S} differs from denoising_steps={K}, but DDPM runs every step: "
+                "use scheduler='ddim' for fewer, or leave inference_steps=None."
+            )
+        if not 1 <= S <= K or K % S != 0:
+            divisors = [n for n in range(1, K + 1) if K % n == 0]
+            raise ValueError(f"inference_steps={S} must divide denoising_steps={K} for DDIM: choose one of {divisors}.")
+
+    def _make_table(self) -> th.Tensor:
+        """
+        :return: One row of ``Coefficients`` per position, shape (S, 10).
+        """
+        stride = self.denoising_steps // self.inference_steps if self.is_ddim else 1
+        previous = self.timesteps - stride
+        alphas = self.scheduler.alphas_cumprod.double()
+        alpha = alphas[self.timesteps]
+        # DDPM ends at the clean sample; DDIM's last target is an option of the scheduler (set_alpha_to_one).
+        final_alpha = self.scheduler.final_alpha_cumprod.double() if self.is_ddim else th.ones((), dtype=th.double)
+        alpha_prev = th.where(previous >= 0, alphas[previous.clamp(min=0)], final_alpha)
+        beta = 1 - alpha / alpha_prev
+        sqrt_alpha, sqrt_one_minus_alpha = alpha.sqrt(), (1 - alpha).sqrt()
+        zero, one = th.zeros_like(alpha), th.ones_like(alpha)
+        x0_and_noise = {
+            "epsilon": (1 / sqrt_alpha, -sqrt_one_minus_alpha / sqrt_alpha, zero, one),
+            "sample": (zero, one, 1 / sqrt_one_minus_alpha, -sqrt_alpha / sqrt_one_minus_alpha),
+            "v_prediction": (sqrt_alpha, -sqrt_one_minus_alpha, sqrt_one_minus_alpha, sqrt_alpha),
+        }[self.prediction_type]
+        variance = beta * (1 - alpha_prev) / (1 - alpha)
+        if not self.is_ddim and self.scheduler.config.variance_type == "fixed_large":
+            variance = th.where(previous >= 0, beta, 0.0)
+        coefficients = Coefficients(
+            *x0_and_noise,
+            sqrt_alpha=sqrt_alpha,
+            sqrt_one_minus_alpha=sqrt_one_minus_alpha,
+            mean_from_x0=alpha_prev.sqrt() if self.is_ddim else alpha_prev.sqrt() * beta / (1 - alpha),
+            mean_from_sample=zero if self.is_ddim else (alpha / alpha_prev).sqrt() * (1 - alpha_prev) / (1 - alpha),
+            one_minus_alpha_prev=1 - alpha_prev,
+            sigma=variance.clamp(min=0).sqrt(),
+        )
+        table = th.stack(list(coefficients), dim=1).float()
+        if not table.isfinite().all():
+            raise ValueError(
+                "scheduler: its noise schedule leaves no signal at the first step, which this prediction_type "
+                f"({self.prediction_type!r}) divides by: use prediction_type='sample' or rescale_betas_zero_snr=False."
+            )
+        return table
+
+    def coefficients(self, position: int | th.Tensor) -> Coefficients:
+        """
+        :param position: One position, or the position of each row of a batch, shape (N,).
+        :return: The coefficients there.
+        """
+        rows = self.table[position]
+        if rows.dim() == 2:
+            rows = rows[:, None, None, :]
+        return Coefficients(*rows.unbind(-1))
+
+    def transition(
+        self, sample: th.Tensor, output: th.Tensor, position: int | th.Tensor, eta: float | th.Tensor = 1.0
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        The reverse step from ``sample``.
+
+        :param sample: The current iterate, shape (B, Tp, Da).
+        :param output: The denoiser's output there, the same shape.
+        :param position: Where in the process: one position, or one per row, shape (B,).
+        :param eta: DDIM's η, a number or one per action dimension, shape (Da,). DDPM has none.
+        :return: Mean, shape (B, Tp, Da), and std (no floor applied), broadcastable to it.
+        """
+        c = self.coefficients(position)
+        x0 = c.x0_from_sample * sample + c.x0_from_output * output
+        if self.clip_sample_range is not None:
+            x0 = x0.clamp(-self.clip_sample_range, self.clip_sample_range)
+        if not self.is_ddim:
+            return c.mean_from_x0 * x0 + c.mean_from_sample * sample, c.sigma
+
+        if self.clip_sample_range is not None:
+            noise = (sample - c.sqrt_alpha * x0) / c.sqrt_one_minus_alpha
+        else:
+            noise = c.noise_from_sample * sample + c.noise_from_output * output
+        if self.clip_noise_pred is not None:
+            noise = noise.clamp(-self.clip_noise_pred, self.clip_noise_pred)
+        sigma = eta * c.sigma
+        direction = (c.one_minus_alpha_prev - sigma**2).clamp(min=0).sqrt()
+        return c.mean_from_x0 * x0 + direction * noise, sigma
+
+    def clip_final(self, sample: th.Tensor) -> th.Tensor:
+        """
+        :param sample: The last iterate.
+        :return: The same, clamped if ``clip_final_action`` is set.
+        """
+        if self.clip_final_action is None:
+            return sample
+        return sample.clamp(-self.clip_final_action, self.clip_final_action)
+
+    def denoising_target(self, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+        """
+        What the denoiser learns to predict in supervised training.
+
+        :param actions: Clean chunks, shape (B, Tp, Da).
+        :param noise: The noise that is added to them, the same shape.
+        :param timesteps: Training timesteps in 0 … K-1, shape (B,).
+        :return: The target that ``prediction_type`` asks for, the same shape.
+        """
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return actions
+        return self.scheduler.get_velocity(actions, noise, timesteps)
+
+
+def gaussian_log_prob(x: th.Tensor, mean: th.Tensor, std: th.Tensor) -> th.Tensor:
+    """
+    :param x: Where to evaluate.
+    :param mean: Mean, the same shape.
+    :param std: Standard deviation, broadcastable to it.
+    :return: Elementwise log-density of a normal distribution.
+    """
+    return -0.5 * ((x - mean) / std) ** 2 - std.log() - LOG_SQRT_2PI
+
+
+def make_scheduler(scheduler: "str | DDPMScheduler | DDIMScheduler", config: dict[str, Any]) -> Any:
+    """
+    :param scheduler: A name, or a scheduler whose class and remaining options are kept.
+    :param config: The options that a trained denoiser fixes.
+    :return: A new diffusers scheduler.
+    """
+    # diffusers takes seconds to import: only when a policy is built, not with the package.
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    named = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
+    if isinstance(scheduler, str):
+        if scheduler not in named:
+            raise ValueError(f"scheduler={scheduler!r} is unknown: choose 'ddpm', 'ddim' or a diffusers scheduler.")
+        return named[scheduler](**config)
+    if type(scheduler) not in named.values():
+        raise ValueError(
+            f"scheduler={type(scheduler).__name__} is not supported: its step must be a Gaussian transition with known mean and "
+            "std. Choose 'ddpm', 'ddim', a diffusers.DDPMScheduler or a diffusers.DDIMScheduler."
+        )
+    if scheduler.config.thresholding:
+        raise ValueError("scheduler: thresholding=True makes a step depend on the whole sample: use clip_sample_range instead.")
+    if "learned" in getattr(scheduler.config, "variance_type", ""):
+        raise ValueError("scheduler: a learned variance_type needs a denoiser that predicts it: use 'fixed_small'.")
+    # diffusers lists the options that were left at their defaults, and would ignore new values for these.
+    options = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return type(scheduler)(**{**options, **config, "trained_betas": None})

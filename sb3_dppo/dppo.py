@@ -1,0 +1,729 @@
+"""The algorithm: rollouts of decisions, and the policy update over their denoising steps."""
+
+import difflib
+import inspect
+import io
+import math
+import pathlib
+import warnings
+from collections.abc import Iterator
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import (
+    FloatSchedule,
+    LinearSchedule,
+    explained_variance,
+    obs_as_tensor,
+    update_learning_rate,
+)
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_dppo.buffers import DenoisingRolloutBuffer, DenoisingRolloutBufferSamples, RewardScaler, mean_log_prob
+from sb3_dppo.policies import DiffusionActorCriticPolicy, DiffusionMlpPolicy, DiffusionUnetPolicy, check_spaces
+
+SelfDPPO = TypeVar("SelfDPPO", bound="DPPO")
+
+SAMPLER_ARGUMENTS = (
+    "act_steps",
+    "scheduler",
+    "inference_steps",
+    "eta",
+    "ft_denoising_steps",
+    "min_logprob_std",
+    "noise_clip",
+    "deterministic_noise",
+)
+
+
+class DPPO(OnPolicyAlgorithm):
+    """
+    Diffusion Policy Policy Optimization (DPPO): PPO on the denoising steps of a diffusion policy.
+
+    Paper: https://arxiv.org/abs/2409.00588 (Ren et al. 2024)
+
+    A *decision* is a chunk of actions denoised from one observation; it is the transition that GAE sees. Each of its fine-tuned
+    denoising steps is a Gaussian action of PPO, with the decision's advantage. ``total_timesteps`` and ``n_steps`` count env
+    steps. The defaults are for learning from scratch; for fine-tuning a pre-trained policy see the documentation.
+
+    :param policy: The policy model to use ("DiffusionMlpPolicy", "DiffusionUnetPolicy" or a class)
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: Learning rate of the actor, it can be a function of the current progress remaining (from 1 to 0)
+    :param critic_learning_rate: Learning rate of the critic, likewise; a string such as "lin_1e-3" means a linear schedule
+    :param n_steps: Env steps per env and rollout, a multiple of ``act_steps``
+    :param batch_size: (decision, denoising step) pairs in a minibatch, about: an epoch is split into nearly equal ones
+    :param n_epochs: Number of epochs when optimising the surrogate loss
+    :param gamma: Discount factor of a decision that lasts ``act_steps`` env steps; of a shorter one, γ^(its length / act_steps)
+    :param gamma_denoising: Discount of the advantage per denoising step that is still to come
+    :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator, per decision
+    :param clip_range: Clipping parameter at the last denoising step, it can be a function of the current progress remaining.
+        Log-probabilities are averaged over action dimensions, so ratios stay closer to 1 than in PPO; a clip fraction of
+        0.1 to 0.2 is worth aiming at.
+    :param clip_range_base: Clipping parameter at the noisiest fine-tuned step; ``None`` means ``clip_range`` at every step
+    :param clip_range_rate: How sharply the clipping parameter grows between them, exponentially
+    :param clip_range_vf: Clipping parameter for the value function, or ``None``. It depends on the reward scaling.
+    :param normalize_advantage: Whether to normalise the advantage over each minibatch
+    :param advantage_quantiles: Clamp advantages between these two quantiles of the minibatch
+    :param ent_coef: Coefficient of the mean of η, which is constant unless a policy learns it
+    :param vf_coef: Value function coefficient for the loss calculation
+    :param bc_coef: Coefficient of the log-probability, under the current policy, of chains sampled from the base policy
+    :param max_grad_norm: The maximum value for the gradient clipping, of actor and critic separately, or ``None``
+    :param target_kl: Stop the epochs of an update, before the step, when the approximate KL divergence exceeds this. It is a mean
+        per action dimension, 1e-5 to 1e-3 in good runs: the usual 0.01 to 0.03 of PPO never stops anything here.
+    :param critic_warmup: Rollouts on which only the critic is trained, after loading a pre-trained policy
+    :param scale_rewards: Whether to divide the decisions' rewards by the running std of their discounted return
+    :param shuffle: "pairs" draws minibatches from all pairs, "decisions" keeps the pairs of a decision together
+    :param act_steps: Ta, the actions of a chunk that are executed before planning again. ``None`` means the policy's ``horizon``.
+    :param scheduler: "ddpm", "ddim" or a diffusers ``DDPMScheduler`` or ``DDIMScheduler``
+    :param inference_steps: S, denoising steps that are run: ``None`` for all, or for DDIM a divisor of ``denoising_steps``
+    :param eta: DDIM's η when exploring
+    :param ft_denoising_steps: K', the last denoising steps, which are fine-tuned. The others run the frozen pre-trained policy.
+        ``None`` means all.
+    :param min_sampling_std: Floor of each denoising step's std when exploring, in normalised action space [-1, 1]; it can be a
+        function of the current progress remaining, or a string such as "lin_0.1"
+    :param min_logprob_std: Floor of the std in log-probabilities
+    :param noise_clip: Clamp of the standard normal noise of each denoising step
+    :param deterministic_noise: What ``predict(deterministic=True)`` draws: "zero" (nothing) or "random" (the initial iterate)
+    :param pretrained: Path of a saved model whose policy to start from. Its ``policy_kwargs`` replace those given here.
+    :param rollout_buffer_class: Rollout buffer class to use. ``None`` means ``DenoisingRolloutBuffer``.
+    :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
+        the reported success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments to be passed to the policy on creation, see
+        :class:`~sb3_dppo.policies.DiffusionActorCriticPolicy`
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
+        debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run.
+        Setting it to auto, the code will be run on the GPU if possible.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raises ValueError: naming the argument, for settings or an env that don't fit
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "DiffusionMlpPolicy": DiffusionMlpPolicy,
+        "DiffusionUnetPolicy": DiffusionUnetPolicy,
+    }
+    policy: DiffusionActorCriticPolicy
+    rollout_buffer: DenoisingRolloutBuffer  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        policy: str | type[DiffusionActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        critic_learning_rate: float | str | Schedule = 1e-3,
+        n_steps: int = 256,
+        batch_size: int = 2560,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gamma_denoising: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | Schedule = 0.1,
+        clip_range_base: float | None = None,
+        clip_range_rate: float = 3.0,
+        clip_range_vf: float | Schedule | None = None,
+        normalize_advantage: bool = True,
+        advantage_quantiles: tuple[float, float] = (0.0, 1.0),
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        bc_coef: float = 0.0,
+        max_grad_norm: float | None = None,
+        target_kl: float | None = None,
+        critic_warmup: int = 0,
+        scale_rewards: bool = True,
+        shuffle: str = "pairs",
+        act_steps: int | None = None,
+        scheduler: Any = "ddpm",
+        inference_steps: int | None = None,
+        eta: float = 1.0,
+        ft_denoising_steps: int | None = None,
+        min_sampling_std: float | str | Schedule = 0.1,
+        min_logprob_std: float = 0.1,
+        noise_clip: float = 3.0,
+        deterministic_noise: str = "zero",
+        pretrained: str | None = None,
+        rollout_buffer_class: type[DenoisingRolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        if env is not None:
+            env = maybe_make_env(env, verbose)
+            check_spaces(env.observation_space, env.action_space)
+        if not isinstance(policy, str) and not issubclass(policy, DiffusionActorCriticPolicy):
+            raise ValueError(f"policy={policy.__name__} is not a diffusion policy: choose one of {list(self.policy_aliases)}.")
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,  # type: ignore[arg-type]
+            use_sde=False,
+            sde_sample_freq=-1,
+            rollout_buffer_class=rollout_buffer_class,  # type: ignore[arg-type]
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+        )
+        # As given: a file is loaded with other settings by replacing these, so what follows from them is kept elsewhere.
+        self.critic_learning_rate = critic_learning_rate
+        self.batch_size = batch_size
+        self.n_epochs = n_epochs
+        self.gamma_denoising = gamma_denoising
+        self.clip_range = clip_range
+        self.clip_range_base = clip_range_base
+        self.clip_range_rate = clip_range_rate
+        self.clip_range_vf = clip_range_vf
+        self.normalize_advantage = normalize_advantage
+        self.advantage_quantiles = advantage_quantiles
+        self.bc_coef = bc_coef
+        self.target_kl = target_kl
+        self.critic_warmup = critic_warmup
+        self.scale_rewards = scale_rewards
+        self.shuffle = shuffle
+        self.act_steps = act_steps
+        self.scheduler = scheduler
+        self.inference_steps = inference_steps
+        self.eta = eta
+        self.ft_denoising_steps = ft_denoising_steps
+        self.min_sampling_std = min_sampling_std
+        self.min_logprob_std = min_logprob_std
+        self.noise_clip = noise_clip
+        self.deterministic_noise = deterministic_noise
+
+        self.n_rollouts = 0
+        # RL Zoo's plug-in reads it in saved files, to choose hyperparameters.
+        self.pretrained_on_demonstrations = False
+        self.reward_scaler: RewardScaler | None = None
+
+        params = None if pretrained is None else self._read_pretrained(pretrained)
+        if _init_setup_model:
+            self._setup_model()
+            self._check_training_arguments()
+        if params is not None:
+            self.policy.load_state_dict(params)
+
+    # ------------------------------------------------------------------ setup
+
+    def _setup_lr_schedule(self) -> None:
+        self.lr_schedule = make_schedule("learning_rate", self.learning_rate)
+
+    def _setup_model(self) -> None:
+        self._setup_lr_schedule()
+        self._critic_lr_schedule = make_schedule("critic_learning_rate", self.critic_learning_rate)
+        self._clip_range = make_schedule("clip_range", self.clip_range)
+        self._clip_range_vf = None if self.clip_range_vf is None else make_schedule("clip_range_vf", self.clip_range_vf)
+        self._min_sampling_std = make_schedule("min_sampling_std", self.min_sampling_std)
+        self.set_random_seed(self.seed)
+        self.policy = self.policy_class(  # type: ignore[assignment]
+            self.observation_space,
+            self.action_space,
+            self.lr_schedule,
+            min_sampling_std=self._min_sampling_std(self._current_progress_remaining),
+            **{name: getattr(self, name) for name in SAMPLER_ARGUMENTS},
+            **self.policy_kwargs,
+        ).to(self.device)
+        buffer_class = self.rollout_buffer_class or DenoisingRolloutBuffer
+        self.rollout_buffer = buffer_class(
+            self.n_steps,
+            self.observation_space,
+            self.action_space,
+            horizon=self.policy.horizon,
+            act_steps=self.policy.act_steps,
+            ft_denoising_steps=self.policy.ft_denoising_steps,
+            device=self.device,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+            n_envs=self.n_envs,
+            **self.rollout_buffer_kwargs,
+        )
+
+    def _read_pretrained(self, path: str) -> dict[str, th.Tensor]:
+        """
+        Take over the architecture of a saved model.
+
+        :param path: Path of the model.
+        :return: The state dict of its policy.
+        :raises ValueError: if it is of another policy class or of an env with other spaces.
+        """
+        data, params, _ = load_from_zip_file(path, device=self.device)
+        if not data or "policy_class" not in data:
+            raise ValueError(f"pretrained={path!r} is not a saved DPPO model.")
+        if data["policy_class"] is not self.policy_class:
+            raise ValueError(
+                f"pretrained={path!r} holds a {data['policy_class'].__name__}, not a {self.policy_class.__name__}: "
+                f"pass policy={data['policy_class'].__name__!r}."
+            )
+        for name in ("observation_space", "action_space"):
+            if data[name] != getattr(self, name):
+                raise ValueError(f"pretrained={path!r} was made for the {name} {data[name]}, not for {getattr(self, name)}.")
+        for name, value in self.policy_kwargs.items():
+            if name not in data["policy_kwargs"] or data["policy_kwargs"][name] != value:
+                warnings.warn(f"policy_kwargs[{name!r}]={value} is ignored: the architecture is that of pretrained={path!r}.")
+        self.policy_kwargs = data["policy_kwargs"]
+        return params["policy"]
+
+    def _check_training_arguments(self) -> None:
+        """
+        Check what only matters for training: a loaded model may have another number of envs, or never be trained.
+
+        :raises ValueError: naming the argument.
+        """
+        act_steps = self.policy.act_steps
+        if self.n_steps < 1 or self.n_steps % act_steps != 0:
+            raise ValueError(
+                f"n_steps={self.n_steps} must be a multiple of act_steps={act_steps}, because all envs plan together every "
+                f"act_steps env steps: use {max(1, round(self.n_steps / act_steps)) * act_steps}."
+            )
+        if self.shuffle not in ("pairs", "decisions"):
+            raise ValueError(f"shuffle={self.shuffle!r} is unknown: choose 'pairs' or 'decisions'.")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
+        low, high = self.advantage_quantiles
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"advantage_quantiles={self.advantage_quantiles} must be two numbers with 0 <= low < high <= 1.")
+        n_pairs = self.n_envs * (self.n_steps // act_steps) * self.policy.ft_denoising_steps
+        if self.batch_size > n_pairs:
+            warnings.warn(
+                f"batch_size={self.batch_size} is more than the {n_pairs} pairs of a rollout (n_envs={self.n_envs} × "
+                f"n_steps={self.n_steps} / act_steps={act_steps} × ft_denoising_steps={self.policy.ft_denoising_steps}): "
+                "each epoch is one minibatch."
+            )
+        if self._vec_normalize_env is not None:
+            if self._vec_normalize_env.norm_reward and self.scale_rewards:
+                warnings.warn(
+                    "Rewards are scaled twice, by VecNormalize and by scale_rewards=True: "
+                    "use VecNormalize(norm_reward=False) or scale_rewards=False."
+                )
+            if self._vec_normalize_env.norm_obs and self.policy.normalizes_observations:
+                warnings.warn(
+                    "VecNormalize changes the observations of a policy that normalises them itself, with the ranges of its "
+                    "demonstrations: use VecNormalize(norm_obs=False)."
+                )
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Seed the generators of Python, NumPy, PyTorch, the env, the action space and the policy.
+
+        :param seed: The seed; ``None`` leaves everything as it is.
+        """
+        super().set_random_seed(seed)
+        if seed is not None and hasattr(self, "policy"):
+            self.policy.seed(seed)
+
+    # ------------------------------------------------------------------ rollouts
+
+    def learn(
+        self: SelfDPPO,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "DPPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfDPPO:
+        """
+        Return a trained model.
+
+        :param total_timesteps: Env steps to train on, a lower bound: rollouts are completed
+        :param callback: Callback(s) called at every env step with state of the algorithm
+        :param log_interval: Rollouts between two logs
+        :param tb_log_name: The name of the run for TensorBoard logging
+        :param reset_num_timesteps: Whether to reset the number of timesteps, used in logging and schedules
+        :param progress_bar: Display a progress bar using tqdm and rich
+        :return: The trained model
+        """
+        self._check_training_arguments()
+        return super().learn(
+            total_timesteps=int(total_timesteps),
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        total_timesteps, callback = super()._setup_learn(*args, **kwargs)
+        assert self._last_episode_starts is not None
+        if self.reward_scaler is None:
+            self.reward_scaler = RewardScaler(self.n_envs)
+        if self._last_episode_starts.all():
+            self.reward_scaler.forget_episodes(self.n_envs)
+        return total_timesteps, callback
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: DenoisingRolloutBuffer,  # type: ignore[override]
+        n_rollout_steps: int,
+    ) -> bool:
+        """
+        Collect decisions with the current policy and fill the rollout buffer.
+
+        :param env: The training environment
+        :param callback: Callback that will be called at each env step (and at the beginning and end of the rollout)
+        :param rollout_buffer: Buffer to fill
+        :param n_rollout_steps: Env steps per env
+        :return: Whether the rollout was completed: ``False`` if a callback stopped it
+        """
+        assert self._last_obs is not None, "No previous observation was provided"
+        self.policy.set_training_mode(False)
+        self.policy.min_sampling_std = self._min_sampling_std(self._current_progress_remaining)
+        rollout_buffer.reset()
+        act_steps = self.policy.act_steps
+        chunks = self.policy.empty_chunks(env.num_envs, self.policy.horizon)
+        n_executed = np.zeros(env.num_envs, dtype=np.int64)
+        dones = np.zeros(env.num_envs, dtype=bool)
+
+        callback.on_rollout_start()
+
+        for n_steps in range(n_rollout_steps):
+            # All envs plan at common boundaries, and those whose episode has just ended in between.
+            planning = np.ones_like(dones) if n_steps % act_steps == 0 else dones
+            if planning.any():
+                chunks[planning] = self._plan(np.flatnonzero(planning), rollout_buffer)
+                n_executed[planning] = 0
+            actions = chunks[np.arange(env.num_envs), n_executed]
+            n_executed += 1
+
+            new_obs, rewards, dones, infos = env.step(actions)
+            self._check_finite(new_obs, rewards)
+            self.num_timesteps += env.num_envs
+
+            # Give access to local variables
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+
+            self._update_info_buffer(infos, dones)
+            rollout_buffer.add_rewards(rewards)
+            self._end_episodes(dones, infos, rollout_buffer)
+            self._last_obs = new_obs  # type: ignore[assignment]
+            self._last_episode_starts = dones
+
+        with th.no_grad():
+            last_values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
+        if self.scale_rewards:
+            assert self.reward_scaler is not None
+            rollout_buffer.scale_rewards(self.reward_scaler)
+        rollout_buffer.compute_returns_and_advantage(last_values)
+
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def _plan(self, env_index: np.ndarray, rollout_buffer: DenoisingRolloutBuffer) -> np.ndarray:
+        """
+        Make a decision in some envs.
+
+        :param env_index: Which envs, shape (B,).
+        :param rollout_buffer: Where to keep it.
+        :return: Chunks for the envs, shape (B, Tp, *action_space.shape).
+        """
+        obs = obs_as_tensor(self._last_obs[env_index], self.device)  # type: ignore[index, arg-type]
+        sampled = self.policy.sample_chain(obs)
+        with th.no_grad():
+            values = self.policy.predict_values(obs)
+        rollout_buffer.add(env_index, obs, sampled.chain, sampled.log_prob, values)
+        return self.policy.unnormalize_actions(sampled.actions)
+
+    def _end_episodes(self, dones: np.ndarray, infos: list[dict[str, Any]], rollout_buffer: DenoisingRolloutBuffer) -> None:
+        """
+        Tell the buffer which episodes have ended, with the value of the last observation of those that were truncated.
+
+        :param dones: Which episodes have ended, shape (n_envs,).
+        :param infos: What the envs said of the last step.
+        :param rollout_buffer: The buffer.
+        """
+        ended = np.flatnonzero(dones)
+        if len(ended) == 0:
+            return
+        bootstrap_values = np.zeros(len(ended))
+        truncated = [i for i, env_index in enumerate(ended) if infos[env_index].get("TimeLimit.truncated", False)]
+        if truncated:
+            last_obs = np.stack([infos[ended[i]]["terminal_observation"] for i in truncated])
+            with th.no_grad():
+                values = self.policy.predict_values(obs_as_tensor(last_obs, self.device))  # type: ignore[arg-type]
+            bootstrap_values[truncated] = values.cpu().numpy().flatten()
+        rollout_buffer.end_episodes(ended, bootstrap_values)
+
+    def _check_finite(self, obs: np.ndarray | dict[str, np.ndarray], rewards: np.ndarray) -> None:
+        """
+        :param obs: Observations of all envs.
+        :param rewards: Rewards of all envs.
+        :raises ValueError: naming the env and the step, if one is NaN or infinite.
+        """
+        for name, values in (("observation", obs), ("reward", rewards)):
+            values = np.asarray(values)
+            if values.dtype.kind != "f" or np.isfinite(values).all():
+                continue
+            env_index = int(np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))[0])
+            raise ValueError(
+                f"The {name} of env {env_index} is NaN or infinite at step {self.num_timesteps // self.n_envs} of the env "
+                f"(num_timesteps={self.num_timesteps}): training stops before the policy learns from it. Models that were saved "
+                "so far are not affected; check the env, for instance with stable_baselines3.common.vec_env.VecCheckNan."
+            )
+
+    # ------------------------------------------------------------------ update
+
+    def loss(self, samples: DenoisingRolloutBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        The update rule: clipped policy loss over denoising steps, value loss over decisions (Ren et al. 2024, section 4).
+
+        :param samples: A minibatch.
+        :return: The loss, and metrics that stay on the device: "policy_gradient_loss", "value_loss", "approx_kl",
+            "clip_fraction", "ratio", "bc_loss" and "eta".
+        """
+        condition = self.policy.denoiser.encode(self._pair_features(samples))
+        log_prob = self.policy.pair_log_prob(condition, samples.chain_prev, samples.chain_next, samples.denoising_index)
+        log_ratio = mean_log_prob(log_prob, samples.n_executed[samples.decision_index]) - samples.old_log_prob
+        ratio = log_ratio.exp()
+
+        advantages = self._pair_advantages(samples)
+        clip_range = self._clip_ranges()[samples.denoising_index]
+        clipped_ratio = th.clamp(ratio, 1 - clip_range, 1 + clip_range)
+        policy_loss = -th.min(advantages * ratio, advantages * clipped_ratio).mean()
+        value_loss = self._value_loss(samples)
+        loss = policy_loss + self.vf_coef * value_loss - self.ent_coef * self.policy.eta
+
+        bc_loss = th.zeros_like(policy_loss)
+        if self.bc_coef > 0:
+            bc_loss = self._bc_loss(samples)
+            loss = loss + self.bc_coef * bc_loss
+        with th.no_grad():
+            metrics = dict(
+                policy_gradient_loss=policy_loss.detach(),
+                value_loss=value_loss.detach(),
+                # k3 in Schulman's "Approximating KL Divergence": unbiased, and never negative.
+                approx_kl=((ratio - 1) - log_ratio).mean(),
+                clip_fraction=((ratio - 1).abs() > clip_range).float().mean(),
+                ratio=ratio.mean(),
+                bc_loss=bc_loss.detach(),
+                eta=th.full_like(policy_loss, self.policy.eta),
+            )
+        return loss, metrics
+
+    def _pair_features(self, samples: DenoisingRolloutBufferSamples) -> th.Tensor:
+        """
+        :param samples: A minibatch.
+        :return: The actor's observation features of each pair, shape (N, features_dim).
+        """
+        if self.shuffle == "pairs":
+            return self.policy.extract_features(samples.observations[samples.decision_index])
+        # Pairs of a decision stand together, so that features are extracted once for all of them.
+        n_steps = self.policy.ft_denoising_steps
+        features = self.policy.extract_features(samples.observations[samples.decision_index[::n_steps]])
+        return features.repeat_interleave(n_steps, dim=0)
+
+    def _pair_advantages(self, samples: DenoisingRolloutBufferSamples) -> th.Tensor:
+        """
+        :param samples: A minibatch.
+        :return: Advantages of its pairs: normalised, clamped between quantiles and discounted by the denoising steps that are
+            still to come, shape (N,).
+        """
+        advantages = samples.advantages[samples.decision_index]
+        if self.normalize_advantage and len(advantages) > 1:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        if tuple(self.advantage_quantiles) != (0.0, 1.0):
+            low, high = (advantages.quantile(quantile) for quantile in self.advantage_quantiles)
+            advantages = advantages.clamp(low, high)
+        steps_to_come = self.policy.ft_denoising_steps - 1 - samples.denoising_index
+        return advantages * self.gamma_denoising**steps_to_come
+
+    def _clip_ranges(self) -> th.Tensor:
+        """
+        :return: The clip range at each denoising index, growing exponentially from ``clip_range_base`` at the noisiest to
+            ``clip_range`` at the last (Ren et al. 2024, appendix C), shape (K',).
+        """
+        clip_range, n_steps = self._clip_range(self._current_progress_remaining), self.policy.ft_denoising_steps
+        if n_steps == 1 or self.clip_range_base is None:
+            return th.full((n_steps,), clip_range, device=self.device)
+        progress = th.arange(n_steps, device=self.device) / (n_steps - 1)
+        growth = th.expm1(self.clip_range_rate * progress) / math.expm1(self.clip_range_rate)
+        return self.clip_range_base + (clip_range - self.clip_range_base) * growth
+
+    def _value_loss(self, samples: DenoisingRolloutBufferSamples) -> th.Tensor:
+        """
+        :param samples: A minibatch.
+        :return: Half the mean squared error of the critic, a scalar.
+        """
+        index = samples.value_index
+        values, returns = self.policy.predict_values(samples.observations[index]).flatten(), samples.returns[index]
+        squared_error = (values - returns) ** 2
+        if self._clip_range_vf is not None:
+            clip_range_vf = self._clip_range_vf(self._current_progress_remaining)
+            old_values = samples.old_values[index]
+            clipped = old_values + (values - old_values).clamp(-clip_range_vf, clip_range_vf)
+            squared_error = th.max(squared_error, (clipped - returns) ** 2)
+        return 0.5 * squared_error.mean()
+
+    def _bc_loss(self, samples: DenoisingRolloutBufferSamples) -> th.Tensor:
+        """
+        :param samples: A minibatch with ``bc_noise``.
+        :return: Minus the log-probability, under the current policy, of chains sampled from the base policy, a scalar.
+        """
+        obs = samples.observations[samples.decision_index]
+        chain = self.policy.sample_chain(obs, noise=samples.bc_noise, use_base=True).chain
+        log_prob = self.policy.chain_log_prob(obs, chain).flatten(0, 1)
+        return -mean_log_prob(log_prob, th.full((len(log_prob),), self.policy.horizon, device=self.device)).mean()
+
+    def train(self) -> None:
+        """
+        Update policy and critic on the current rollout.
+        """
+        self.policy.set_training_mode(True)
+        progress = self._current_progress_remaining
+        update_learning_rate(self.policy.optimizer, self.lr_schedule(progress))
+        update_learning_rate(self.policy.critic_optimizer, self._critic_lr_schedule(progress))
+        train_actor = self.n_rollouts >= self.critic_warmup
+        metrics: dict[str, list[th.Tensor]] = {}
+        for samples in self._minibatches():
+            loss, batch_metrics = self.loss(samples)
+            for name, value in {"loss": loss.detach(), **batch_metrics}.items():
+                metrics.setdefault(name, []).append(value)
+            # Before the step: the one that would go too far is not made.
+            if self.target_kl is not None and batch_metrics["approx_kl"] > 1.5 * self.target_kl:
+                if self.verbose >= 1:
+                    print(f"Early stopping after {self._n_updates} gradient steps: approx_kl exceeds 1.5 × {self.target_kl}")
+                break
+            self._step(loss, train_actor)
+        self.n_rollouts += 1
+        self._log_update(metrics)
+
+    def _minibatches(self) -> Iterator[DenoisingRolloutBufferSamples]:
+        """
+        :return: The minibatches of all epochs.
+        """
+        for _ in range(self.n_epochs):
+            for samples in self.rollout_buffer.get(self.batch_size, self.shuffle):
+                if self.bc_coef > 0:
+                    samples = samples._replace(bc_noise=self.policy.draw_noise(len(samples.decision_index)))
+                yield samples
+
+    def _step(self, loss: th.Tensor, train_actor: bool) -> None:
+        """
+        One gradient step.
+
+        :param loss: The loss of a minibatch.
+        :param train_actor: Whether the actor is trained, or only the critic.
+        """
+        optimizers = [self.policy.optimizer, self.policy.critic_optimizer]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers if train_actor else optimizers[1:]:
+            if self.max_grad_norm is not None:
+                th.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.max_grad_norm)
+            optimizer.step()
+        self._n_updates += 1
+
+    def _log_update(self, metrics: dict[str, list[th.Tensor]]) -> None:
+        """
+        :param metrics: Values of each minibatch.
+        """
+        for name, values in metrics.items():
+            self.logger.record(f"train/{name}", th.stack(values).mean().item())
+        buffer, progress = self.rollout_buffer, self._current_progress_remaining
+        values, returns = buffer.old_values[: buffer.size()].cpu().numpy(), buffer.returns.cpu().numpy()
+        self.logger.record("train/explained_variance", explained_variance(values, returns))
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/learning_rate", self.lr_schedule(progress))
+        self.logger.record("train/critic_learning_rate", self._critic_lr_schedule(progress))
+        self.logger.record("train/clip_range", self._clip_range(progress))
+        if self._clip_range_vf is not None:
+            self.logger.record("train/clip_range_vf", self._clip_range_vf(progress))
+        self.logger.record("train/min_sampling_std", self.policy.min_sampling_std)
+
+    # ------------------------------------------------------------------ saving
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer", "policy.critic_optimizer"], []
+
+    def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: th.device | str = "auto") -> None:
+        """
+        Load parameters from a zip file or a nested dictionary, see ``BaseAlgorithm.set_parameters``.
+
+        :param load_path_or_dict: Path, file, or dictionary of state dicts as ``get_parameters`` returns it
+        :param exact_match: Whether the parameters must be complete
+        :param device: Device on which the code should run
+        """
+        super().set_parameters(load_path_or_dict, exact_match=exact_match, device=device)
+        # How an optimiser runs belongs to this machine and not to the file.
+        for optimizer in (self.policy.optimizer, self.policy.critic_optimizer):
+            for group in optimizer.param_groups:
+                group.update({flag: optimizer.defaults.get(flag) for flag in ("fused", "foreach", "capturable") if flag in group})
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls: type[SelfDPPO],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfDPPO:
+        """
+        Load the model from a zip file, see ``BaseAlgorithm.load``.
+
+        :param path: Path of the file, or the file
+        :param env: The env to run the loaded model on, with as many copies as you like; ``None`` if it is only to predict
+        :param device: Device on which the code should run
+        :param custom_objects: Dictionary of objects to replace upon loading
+        :param print_system_info: Whether to print system info from the saved model and the current system info
+        :param force_reset: Force a call to ``reset()`` before training
+        :param kwargs: Constructor arguments to change, for instance ``ft_denoising_steps``, ``scheduler`` or ``n_steps``
+        :return: The loaded model
+        :raises TypeError: for an argument that the constructor does not have
+        """
+        known = set(inspect.signature(cls.__init__).parameters) - {"self", "policy", "env", "pretrained", "_init_setup_model"}
+        for name in kwargs:
+            if name not in known:
+                similar = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {similar[0]!r}?" if similar else f"it takes {sorted(known)}."
+                raise TypeError(f"{cls.__name__}.load() got an unexpected argument {name!r}: {hint}")
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+
+def make_schedule(name: str, value: float | str | Schedule) -> FloatSchedule:
+    """
+    :param name: Name of the argument, for the error.
+    :param value: A number, also as a string as YAML reads "1e-4", a schedule, or "lin_" followed by the number that a linear
+        schedule begins with.
+    :return: A function of the progress remaining, from 1 to 0.
+    :raises ValueError: for another string.
+    """
+    if not isinstance(value, str):
+        return FloatSchedule(value)
+    try:
+        if value.startswith("lin_"):
+            return FloatSchedule(LinearSchedule(float(value.removeprefix("lin_")), 0.0, 1.0))
+        return FloatSchedule(float(value))
+    except ValueError:
+        raise ValueError(f"{name}={value!r} is not a schedule: use a number, 'lin_NUMBER' or a function.") from None

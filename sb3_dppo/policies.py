@@ -1,0 +1,636 @@
+"""Diffusion actor-critic policies: networks, normalisation, sampling with log-probabilities, and acting in chunks."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import get_action_dim, is_image_space
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_dppo.denoisers import MlpDenoiser, UnetDenoiser, make_mlp
+from sb3_dppo.denoising import DenoisingChain, DenoisingProcess, gaussian_log_prob
+
+# The std of DDPM's deterministic mode, which is 0 at the last step only.
+DDPM_EVALUATION_STD = 1e-3
+NORMALIZATION_EPS = 1e-6
+
+
+class DiffusionActorCriticPolicy(ActorCriticPolicy):
+    """
+    An actor that denoises chunks of actions and a critic of observations (Ren et al. 2024, section 4).
+
+    Two denoisers exist: ``denoiser`` is trained and runs the last ``ft_denoising_steps`` of the sampler's steps;
+    ``base_denoiser`` is the frozen copy that runs those before. Chains live in normalised action space, [-1, 1].
+
+    What a trained policy fixes comes first, then the sampler's settings, which may be changed when a policy is loaded and
+    which :class:`~sb3_dppo.DPPO` passes on from its own arguments of the same names.
+
+    :param observation_space: Observation space, a ``Box`` that is no image, ``Discrete``, ``MultiDiscrete`` or ``MultiBinary``.
+    :param action_space: Action space, a ``Box`` with finite bounds.
+    :param lr_schedule: Learning rate schedule of the actor (could be constant).
+    :param net_arch: Hidden widths, of the denoiser under ``pi`` and of the critic under ``vf``.
+    :param denoising_steps: K, the steps of the diffusion model.
+    :param beta_schedule: diffusers' name of the noise schedule.
+    :param horizon: Tp, the actions predicted at once.
+    :param prediction_type: What the denoiser predicts: "epsilon" (the noise), "sample" (the clean chunk) or "v_prediction".
+    :param clip_sample_range: Clamp of the predicted clean chunk to ± this value, or ``None``.
+    :param clip_noise_pred: DDIM only: clamp of the noise that follows from it, or ``None``.
+    :param clip_final_action: Clamp of the final sample, or ``None``.
+    :param residual: Use residual blocks in the denoiser, so that ``pi`` must be an odd number of equal widths.
+    :param critic_residual: The same for the critic; ``None`` means as ``residual``.
+    :param layer_norm: Normalise the hidden layers of the denoiser.
+    :param critic_layer_norm: Normalise the hidden layers of the critic.
+    :param obs_encoder_arch: Widths of an encoder of the observation inside the denoiser, or ``None``.
+    :param time_dim: Size of the time embedding, even.
+    :param activation_fn: Activation of the denoiser and its observation encoder.
+    :param critic_activation_fn: Activation of the critic.
+    :param features_extractor_class: Features extractor; actor, base denoiser and critic each have their own.
+    :param features_extractor_kwargs: Keyword arguments for it.
+    :param normalize_images: Whether to divide images by 255.
+    :param optimizer_class: Optimiser of the actor and of the critic.
+    :param optimizer_kwargs: Keyword arguments for it, except the learning rate. ``None`` means no weight decay.
+    :param act_steps: Ta, the actions of a chunk that are executed before planning again. ``None`` means ``horizon``.
+    :param scheduler: "ddpm", "ddim" or a diffusers scheduler of one of these classes.
+    :param inference_steps: S, the denoising steps that are run. ``None`` means K.
+    :param eta: DDIM's η in exploration: 1 is as noisy as DDPM, 0 adds no noise but the floor below.
+    :param ft_denoising_steps: K', the last steps, which are fine-tuned. ``None`` means all.
+    :param min_sampling_std: Floor of the std when exploring, at every step, in normalised action space.
+    :param min_logprob_std: Floor of the std in log-probabilities.
+    :param noise_clip: Clamp of the standard normal noise of each step; the initial iterate is not clamped.
+    :param deterministic_noise: What ``predict(deterministic=True)`` draws: "zero" (no noise at all) or "random"
+        (a random initial iterate, and DDPM's own small noise).
+    :param use_sde: Not supported; SB3 passes ``False``.
+    :raises ValueError: naming the argument, for settings that don't fit together.
+    """
+
+    denoiser: nn.Module
+    base_denoiser: nn.Module
+    critic: nn.Module
+    obs_center: th.Tensor
+    obs_scale: th.Tensor
+    action_center: th.Tensor
+    action_scale: th.Tensor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: dict[str, list[int]] | None = None,
+        denoising_steps: int = 20,
+        beta_schedule: str = "squaredcos_cap_v2",
+        horizon: int = 4,
+        prediction_type: str = "epsilon",
+        clip_sample_range: float | None = 1.0,
+        clip_noise_pred: float | None = None,
+        clip_final_action: float | None = None,
+        residual: bool = True,
+        critic_residual: bool | None = None,
+        layer_norm: bool = False,
+        critic_layer_norm: bool = False,
+        obs_encoder_arch: list[int] | None = None,
+        time_dim: int = 16,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        critic_activation_fn: type[nn.Module] = nn.Mish,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.AdamW,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        act_steps: int | None = None,
+        scheduler: Any = "ddpm",
+        inference_steps: int | None = None,
+        eta: float = 1.0,
+        ft_denoising_steps: int | None = None,
+        min_sampling_std: float = 0.1,
+        min_logprob_std: float = 0.1,
+        noise_clip: float = 3.0,
+        deterministic_noise: str = "zero",
+        use_sde: bool = False,
+    ) -> None:
+        if use_sde:
+            raise ValueError("use_sde=True is not supported: a diffusion policy explores with the noise of its denoising steps.")
+        check_spaces(observation_space, action_space)
+        self._constructor_parameters = {
+            name: value
+            for name, value in locals().items()
+            if name not in ("self", "__class__", "observation_space", "action_space", "lr_schedule", "use_sde")
+        }
+        self.denoising_steps = denoising_steps
+        self.horizon = horizon
+        self.act_steps = horizon if act_steps is None else act_steps
+        if horizon < 1:
+            raise ValueError(f"horizon={horizon} must be at least 1.")
+        if not 1 <= self.act_steps <= horizon:
+            raise ValueError(f"act_steps={act_steps} must be between 1 and horizon={horizon}: a chunk has no more actions.")
+        if deterministic_noise not in ("zero", "random"):
+            raise ValueError(f"deterministic_noise={deterministic_noise!r} is unknown: choose 'zero' or 'random'.")
+        process = DenoisingProcess(
+            scheduler=scheduler,
+            denoising_steps=denoising_steps,
+            inference_steps=inference_steps,
+            beta_schedule=beta_schedule,
+            prediction_type=prediction_type,
+            clip_sample_range=clip_sample_range,
+            clip_noise_pred=clip_noise_pred,
+            clip_final_action=clip_final_action,
+        )
+        self.inference_steps = process.inference_steps
+        self.ft_denoising_steps = self.inference_steps if ft_denoising_steps is None else ft_denoising_steps
+        if not 1 <= self.ft_denoising_steps <= self.inference_steps:
+            raise ValueError(
+                f"ft_denoising_steps={ft_denoising_steps} must be between 1 and the {self.inference_steps} steps that are run "
+                f"(inference_steps={inference_steps}, denoising_steps={denoising_steps})."
+            )
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta={eta} must be between 0 and 1.")
+        for name, value in (("min_sampling_std", min_sampling_std), ("min_logprob_std", min_logprob_std)):
+            if value <= 0:
+                raise ValueError(f"{name}={value} must be positive: some denoising steps have no noise of their own.")
+        self.eta = eta
+        self.min_sampling_std = min_sampling_std
+        self.min_logprob_std = min_logprob_std
+        self.noise_clip = noise_clip
+        self.deterministic_noise = deterministic_noise
+        self.action_dim = get_action_dim(action_space)
+        self._process = [process]  # In a list: modules can't be registered before the constructor of nn.Module has run.
+
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch=self._default_net_arch() | (net_arch or {}),
+            activation_fn=activation_fn,
+            features_extractor_class=features_extractor_class,
+            features_extractor_kwargs=features_extractor_kwargs,
+            share_features_extractor=False,
+            normalize_images=normalize_images,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=self._default_optimizer_kwargs(optimizer_class) if optimizer_kwargs is None else optimizer_kwargs,
+        )
+
+    @staticmethod
+    def _default_net_arch() -> dict[str, list[int]]:
+        return dict(pi=[512, 512, 512], vf=[256, 256, 256])
+
+    @staticmethod
+    def _default_optimizer_kwargs(optimizer_class: type[th.optim.Optimizer]) -> dict[str, Any]:
+        # AdamW's own weight decay of 0.01 would pull a fine-tuned policy away from its pre-trained weights.
+        return dict(weight_decay=0.0, fused=True) if optimizer_class is th.optim.AdamW else {}
+
+    def _make_denoiser(self) -> nn.Module:
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ construction
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        """
+        Create networks, normalisation and optimisers.
+
+        :param lr_schedule: ``lr_schedule(1)`` is the initial learning rate of both optimisers.
+        """
+        arguments = self._constructor_parameters
+        self.process = self._process.pop()
+        self.denoiser = self._make_denoiser()
+        critic_residual = arguments["critic_residual"]
+        self.critic = make_mlp(
+            self.features_dim,
+            1,
+            self.net_arch["vf"],  # type: ignore[call-overload]
+            arguments["critic_activation_fn"],
+            residual=arguments["residual"] if critic_residual is None else critic_residual,
+            layer_norm=arguments["critic_layer_norm"],
+        )
+        self.base_denoiser = deepcopy(self.denoiser).requires_grad_(False)
+        self.base_features_extractor = deepcopy(self.pi_features_extractor).requires_grad_(False)
+
+        obs_shape = self.observation_space.shape if isinstance(self.observation_space, spaces.Box) else ()
+        self.register_buffer("obs_center", th.zeros(obs_shape))
+        self.register_buffer("obs_scale", th.ones(obs_shape))
+        low, high = (th.as_tensor(bound, dtype=th.float).flatten() for bound in (self.action_space.low, self.action_space.high))
+        self.register_buffer("action_center", (low + high) / 2)
+        self.register_buffer("action_scale", (high - low) / 2)
+
+        self.make_optimizers(lr_schedule(1))
+        self.seed(int(th.randint(2**31, ())))
+
+    def make_optimizers(self, learning_rate: float) -> None:
+        """
+        Create new optimisers, with no state, for the actor and for the critic.
+
+        :param learning_rate: Their initial learning rate.
+        """
+        actor = [*self.denoiser.parameters(), *self.pi_features_extractor.parameters()]
+        critic = [*self.critic.parameters(), *self.vf_features_extractor.parameters()]
+        self.optimizer = self.optimizer_class(actor, lr=learning_rate, **self.optimizer_kwargs)  # type: ignore[call-arg]
+        self.critic_optimizer = self.optimizer_class(critic, lr=learning_rate, **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return dict(
+            observation_space=self.observation_space,
+            action_space=self.action_space,
+            lr_schedule=self._dummy_schedule,
+            **self._constructor_parameters,
+        )
+
+    def update_base_denoiser(self) -> None:
+        """
+        Copy the denoiser, with its features extractor, into the frozen base denoiser.
+        """
+        self.base_denoiser.load_state_dict(self.denoiser.state_dict())
+        self.base_features_extractor.load_state_dict(self.pi_features_extractor.state_dict())
+
+    def seed(self, seed: int) -> None:
+        """
+        Seed the generator that :meth:`predict` draws from.
+
+        :param seed: The seed.
+        """
+        self._seed = seed
+        self._generator: th.Generator | None = None
+
+    @property
+    def generator(self) -> th.Generator:
+        """
+        :return: The generator that :meth:`predict` draws from: its own, so that evaluating does not change what training draws.
+        """
+        if self._generator is None or self._generator.device.type != self.device.type:
+            self._generator = th.Generator(device=self.device).manual_seed(self._seed)
+        return self._generator
+
+    # ------------------------------------------------------------------ normalisation
+
+    def set_normalization(
+        self, obs_min: np.ndarray, obs_max: np.ndarray, action_min: np.ndarray, action_max: np.ndarray
+    ) -> None:
+        """
+        Map these ranges to [-1, 1]: ``2 * ((x - min) / (max - min + 1e-6) - 0.5)``, and 0 for a dimension without range.
+
+        :param obs_min: Smallest observation, of the observation space's shape.
+        :param obs_max: Largest observation.
+        :param action_min: Smallest action, shape (Da,).
+        :param action_max: Largest action.
+        """
+        obs_low, obs_range, action_low, action_range = (
+            th.as_tensor(np.asarray(value, dtype=np.float64))
+            for value in (obs_min, np.subtract(obs_max, obs_min), action_min, np.subtract(action_max, action_min))
+        )
+        obs_half, action_half = (obs_range + NORMALIZATION_EPS) / 2, (action_range + NORMALIZATION_EPS) / 2
+        self.obs_center.copy_(obs_low + obs_half)
+        self.obs_scale.copy_(th.where(obs_range > 0, 1 / obs_half, 0.0))
+        self.action_center.copy_(th.where(action_range > 0, action_low + action_half, action_low))
+        self.action_scale.copy_(action_half)
+
+    @property
+    def normalizes_observations(self) -> bool:
+        """
+        :return: Whether observations are normalised with ranges from demonstrations.
+        """
+        return bool((self.obs_center != 0).any() or (self.obs_scale != 1).any())
+
+    def normalize_actions(self, actions: th.Tensor) -> th.Tensor:
+        """
+        :param actions: Actions of the env, shape (..., Da).
+        :return: The same in normalised action space.
+        """
+        return (actions - self.action_center) / self.action_scale
+
+    def unnormalize_actions(self, actions: th.Tensor) -> np.ndarray:
+        """
+        :param actions: Normalised chunks, shape (B, Tp, Da).
+        :return: Actions for the env, clipped to its bounds, shape (B, Tp, *action_space.shape).
+        """
+        env_actions = (self.action_center + self.action_scale * actions).cpu().numpy()
+        env_actions = env_actions.reshape((*env_actions.shape[:-1], *self.action_space.shape))  # type: ignore[misc]
+        return np.clip(env_actions, self.action_space.low, self.action_space.high)  # type: ignore[attr-defined]
+
+    def extract_features(  # type: ignore[override]
+        self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor | None = None
+    ) -> th.Tensor:
+        """
+        :param obs: Observations, shape (B, ...).
+        :param features_extractor: Which extractor to use; ``None`` means the actor's.
+        :return: Features, shape (B, features_dim).
+        """
+        if isinstance(self.observation_space, spaces.Box):
+            obs = (obs.float() - self.obs_center) * self.obs_scale  # type: ignore[union-attr]
+        extractor = self.pi_features_extractor if features_extractor is None else features_extractor
+        return super(ActorCriticPolicy, self).extract_features(obs, extractor)
+
+    # ------------------------------------------------------------------ sampling
+
+    @property
+    def first_ft_position(self) -> int:
+        """
+        :return: Position in the denoising process of denoising index 0.
+        """
+        return self.inference_steps - self.ft_denoising_steps
+
+    def draw_noise(self, n: int, generator: th.Generator | None = None) -> th.Tensor:
+        """
+        :param n: B, the number of decisions.
+        :param generator: Where to draw from; ``None`` means PyTorch's default generator.
+        :return: What :meth:`sample_chain` takes as ``noise``: standard normal, shape (S+1, B, Tp, Da).
+        """
+        shape = (self.inference_steps + 1, n, self.horizon, self.action_dim)
+        return th.randn(shape, device=self.device, generator=generator)
+
+    @th.no_grad()
+    def sample_chain(
+        self, obs: PyTorchObs, deterministic: bool = False, noise: th.Tensor | None = None, use_base: bool = False
+    ) -> DenoisingChain:
+        """
+        Sample one chunk per observation (Ren et al. 2024, section 4.3 for the floors of the std).
+
+        :param obs: Observations, shape (B, ...).
+        :param deterministic: Evaluation instead of exploration: DDPM keeps a small std except at the last step, DDIM uses η = 0,
+            and the initial iterate stays random.
+        :param noise: Standard normal, shape (S+1, B, Tp, Da): the initial iterate, then one per step in the order in which they
+            run, before ``noise_clip``. ``None`` draws it.
+        :param use_base: Run the base denoiser at every step. Log-probabilities are still those of the current denoiser.
+        :return: Chunks, chains and log-probabilities.
+        """
+        noise = self.draw_noise(len(obs)) if noise is None else noise
+        ft_condition = self.denoiser.encode(self.extract_features(obs))
+        ft_embeddings = self.denoiser.embed_timesteps(self.process.timesteps)
+        if use_base or self.first_ft_position > 0:
+            base_features = self.extract_features(obs, self.base_features_extractor)  # type: ignore[arg-type]
+            base_condition = self.base_denoiser.encode(base_features)
+            base_embeddings = self.base_denoiser.embed_timesteps(self.process.timesteps)
+        eta = 0.0 if deterministic and self.process.is_ddim else self.eta
+        step_noise = noise[1:].clamp(-self.noise_clip, self.noise_clip)
+
+        sample = noise[0]
+        chain, means = [], []
+        for position in range(self.inference_steps):
+            fine_tuned = position >= self.first_ft_position
+            if fine_tuned:
+                chain.append(sample)
+            if fine_tuned and not use_base:
+                output = self.denoiser(sample, ft_embeddings[position], ft_condition)
+            else:
+                output = self.base_denoiser(sample, base_embeddings[position], base_condition)
+            mean, sigma = self.process.transition(sample, output, position, eta)
+            if fine_tuned:
+                if use_base:
+                    output = self.denoiser(sample, ft_embeddings[position], ft_condition)
+                # In log-probabilities η is always the one of exploration.
+                same_mean = not use_base and eta == self.eta
+                means.append(mean if same_mean else self.process.transition(sample, output, position, self.eta)[0])
+            sample = mean + self._sampling_std(sigma, position, deterministic) * step_noise[position]
+        sample = self.process.clip_final(sample)
+        chain.append(sample)
+
+        stacked = th.stack(chain, dim=1)
+        log_prob = gaussian_log_prob(stacked[:, 1:], th.stack(means, dim=1), self._log_prob_std()[:, None, None])
+        return DenoisingChain(sample, stacked, log_prob)
+
+    def _sampling_std(self, sigma: th.Tensor, position: int, deterministic: bool) -> th.Tensor | float:
+        if not deterministic:
+            return sigma.clamp(min=self.min_sampling_std)
+        if self.process.is_ddim or position == self.inference_steps - 1:
+            return 0.0
+        return sigma.clamp(min=DDPM_EVALUATION_STD)
+
+    def _log_prob_std(self) -> th.Tensor:
+        """
+        :return: The std of log-probabilities for each denoising index, shape (K',).
+        """
+        sigma = self.process.table[self.first_ft_position :, -1]
+        eta = self.eta if self.process.is_ddim else 1.0
+        return (eta * sigma).clamp(min=self.min_logprob_std)
+
+    def pair_log_prob(
+        self, condition: th.Tensor, chain_prev: th.Tensor, chain_next: th.Tensor, denoising_index: th.Tensor
+    ) -> th.Tensor:
+        """
+        Log-probabilities of single denoising steps, which may be different steps of different chains. Differentiable.
+
+        :param condition: The denoiser's ``encode`` of each pair's features, shape (N, ...).
+        :param chain_prev: Iterates before the steps, shape (N, Tp, Da).
+        :param chain_next: Iterates after the steps, shape (N, Tp, Da).
+        :param denoising_index: Which steps, in 0 … K'-1, shape (N,).
+        :return: Elementwise log-densities, shape (N, Tp, Da).
+        """
+        embeddings = self.denoiser.embed_timesteps(self.process.timesteps[self.first_ft_position :])
+        output = self.denoiser(chain_prev, embeddings[denoising_index], condition)
+        mean, _ = self.process.transition(chain_prev, output, denoising_index + self.first_ft_position, self.eta)
+        return gaussian_log_prob(chain_next, mean, self._log_prob_std()[denoising_index][:, None, None])
+
+    def chain_log_prob(self, obs: PyTorchObs, chain: th.Tensor) -> th.Tensor:
+        """
+        Log-probabilities of whole chains. Differentiable.
+
+        :param obs: Observations, shape (B, ...).
+        :param chain: Chains, shape (B, K'+1, Tp, Da).
+        :return: Elementwise log-densities, shape (B, K', Tp, Da).
+        """
+        n_decisions, n_steps = len(chain), self.ft_denoising_steps
+        if chain.shape[1] != n_steps + 1:
+            raise ValueError(f"chain has {chain.shape[1]} iterates, but ft_denoising_steps={n_steps} means {n_steps + 1}.")
+        condition = self.denoiser.encode(self.extract_features(obs)).repeat_interleave(n_steps, dim=0)
+        denoising_index = th.arange(n_steps, device=chain.device).repeat(n_decisions)
+        prev, following = chain[:, :-1].flatten(0, 1), chain[:, 1:].flatten(0, 1)
+        return self.pair_log_prob(condition, prev, following, denoising_index).view_as(chain[:, 1:])
+
+    def bc_loss(
+        self, obs: PyTorchObs, actions: th.Tensor, timesteps: th.Tensor | None = None, noise: th.Tensor | None = None
+    ) -> th.Tensor:
+        """
+        The supervised loss of the denoiser (Ho et al. 2020, eq. 14).
+
+        :param obs: Observations, shape (B, ...).
+        :param actions: Normalised chunks, shape (B, Tp, Da).
+        :param timesteps: Training timesteps in 0 … K-1, shape (B,). ``None`` draws them.
+        :param noise: Standard normal, of the shape of ``actions``. ``None`` draws it.
+        :return: Mean squared error to what ``prediction_type`` asks for, a scalar.
+        """
+        if timesteps is None:
+            timesteps = th.randint(self.denoising_steps, (len(actions),), device=actions.device)
+        if noise is None:
+            noise = th.randn_like(actions)
+        noisy = self.process.scheduler.add_noise(actions, noise, timesteps)
+        embeddings = self.denoiser.embed_timesteps(th.arange(self.denoising_steps, device=actions.device))
+        output = self.denoiser(noisy, embeddings[timesteps], self.denoiser.encode(self.extract_features(obs)))
+        return F.mse_loss(output, self.process.denoising_target(actions, noise, timesteps))
+
+    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: Observations, shape (B, ...).
+        :return: Values, shape (B, 1).
+        """
+        return self.critic(self.extract_features(obs, self.vf_features_extractor))  # type: ignore[arg-type]
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:  # type: ignore[override]
+        """
+        Sample a fresh chain.
+
+        :param obs: Observations, shape (B, ...).
+        :param deterministic: See :meth:`sample_chain`.
+        :return: Normalised chunks (B, Tp, Da), values (B, 1) and elementwise log-probabilities (B, K', Tp, Da).
+        """
+        actions, _, log_prob = self.sample_chain(obs, deterministic)
+        return actions, self.predict_values(obs), log_prob
+
+    def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """
+        Not defined for a diffusion policy.
+
+        :raises NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "A diffusion policy has no closed-form probability of an action, only of its denoising steps: "
+            "use sample_chain(obs) and chain_log_prob(obs, chain)."
+        )
+
+    def get_distribution(self, obs: PyTorchObs) -> Any:
+        """
+        Not defined for a diffusion policy.
+
+        :raises NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "The action distribution of a diffusion policy has no closed form: use sample_chain(obs) to draw from it."
+        )
+
+    # ------------------------------------------------------------------ acting
+
+    def plan(self, obs: PyTorchObs, deterministic: bool = False) -> np.ndarray:
+        """
+        Sample chunks for acting, from the policy's own generator.
+
+        :param obs: Observations, shape (B, ...).
+        :param deterministic: Whether to act deterministically; see ``deterministic_noise``.
+        :return: Actions for the env, shape (B, Tp, *action_space.shape).
+        """
+        noise = self.draw_noise(len(obs), self.generator)
+        if deterministic and self.deterministic_noise == "zero":
+            noise = th.zeros_like(noise)
+        return self.unnormalize_actions(self.sample_chain(obs, deterministic, noise).actions)
+
+    def empty_chunks(self, n_envs: int, n_actions: int) -> np.ndarray:
+        """
+        :param n_envs: Number of envs.
+        :param n_actions: Actions in a chunk.
+        :return: Room for the envs' chunks, of a type that holds the action space's bounds exactly.
+        """
+        dtype = np.result_type(np.float32, self.action_space.dtype)  # type: ignore[arg-type]
+        return np.zeros((n_envs, n_actions, *self.action_space.shape), dtype=dtype)  # type: ignore[misc]
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return th.as_tensor(self.plan(observation, deterministic)[:, 0], device=self.device)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        Get the next action, planning a new chunk for an env only when its last one is used up or its episode starts.
+        Called without ``state``, it plans every time.
+
+        :param observation: The observation or, for several envs, observations.
+        :param state: What the last call returned: the envs' chunks, shape (n_envs, act_steps, *action_space.shape), and how many
+            actions of them were executed, shape (n_envs,).
+        :param episode_start: Which envs have just been reset, shape (n_envs,).
+        :param deterministic: Whether to act deterministically; see ``deterministic_noise``.
+        :return: The actions and the next state.
+        :raises ValueError: for a state of another number of envs.
+        """
+        self.set_training_mode(False)
+        if isinstance(observation, tuple):
+            raise ValueError(
+                "observation is a tuple, probably what a Gymnasium env's reset() returned: pass its first element, "
+                "or use the VecEnv API, whose reset() returns observations only."
+            )
+        obs_tensor, vectorized_env = self.obs_to_tensor(observation)
+        n_envs = len(obs_tensor)
+        if state is None:
+            chunks = self.empty_chunks(n_envs, self.act_steps)
+            n_executed = np.full(n_envs, self.act_steps)
+        else:
+            chunks, n_executed = state[0].copy(), state[1].copy()
+            if len(chunks) != n_envs:
+                raise ValueError(f"state is of {len(chunks)} envs, but observation of {n_envs}: pass state=None to start anew.")
+        must_plan = n_executed >= self.act_steps
+        if episode_start is not None:
+            must_plan = must_plan | np.asarray(episode_start, dtype=bool)
+        if must_plan.any():
+            chunks[must_plan] = self.plan(obs_tensor[th.as_tensor(must_plan)], deterministic)[:, : self.act_steps]
+            n_executed[must_plan] = 0
+        actions = chunks[np.arange(n_envs), n_executed]
+        n_executed += 1
+        return actions if vectorized_env else actions[0], (chunks, n_executed)
+
+
+class DiffusionMlpPolicy(DiffusionActorCriticPolicy):
+    __doc__ = DiffusionActorCriticPolicy.__doc__
+
+    def _make_denoiser(self) -> nn.Module:
+        arguments = self._constructor_parameters
+        return MlpDenoiser(
+            self.action_dim,
+            self.horizon,
+            self.features_dim,
+            self.denoising_steps,
+            self.net_arch["pi"],  # type: ignore[call-overload]
+            time_dim=arguments["time_dim"],
+            activation_fn=self.activation_fn,
+            residual=arguments["residual"],
+            layer_norm=arguments["layer_norm"],
+            obs_encoder_arch=arguments["obs_encoder_arch"],
+        )
+
+
+class DiffusionUnetPolicy(DiffusionActorCriticPolicy):
+    __doc__ = DiffusionActorCriticPolicy.__doc__
+
+    @staticmethod
+    def _default_net_arch() -> dict[str, list[int]]:
+        return dict(pi=[64, 128], vf=[256, 256, 256])
+
+    def _make_denoiser(self) -> nn.Module:
+        arguments = self._constructor_parameters
+        for name in ("layer_norm", "obs_encoder_arch"):
+            if arguments[name]:
+                raise ValueError(f"{name}={arguments[name]} is a setting of DiffusionMlpPolicy: the UNet has its own.")
+        levels: Sequence[int] = self.net_arch["pi"]  # type: ignore[call-overload]
+        return UnetDenoiser(self.action_dim, self.horizon, self.features_dim, levels, activation_fn=self.activation_fn)
+
+
+def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
+    """
+    :param observation_space: Observation space of an env.
+    :param action_space: Action space of an env.
+    :raises ValueError: if a diffusion policy can't act in it, saying what can be done.
+    """
+    if not isinstance(action_space, spaces.Box):
+        raise ValueError(
+            f"env has the action space {action_space}, but diffusion policies are for continuous actions "
+            "(a gymnasium.spaces.Box): use another algorithm, such as PPO, for discrete ones."
+        )
+    if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
+        raise ValueError(
+            f"env has the action space {action_space} with infinite bounds, but chunks are scaled to the bounds: "
+            "wrap the env in gymnasium.wrappers.RescaleAction or set finite low and high."
+        )
+    if isinstance(observation_space, (spaces.Dict, spaces.Tuple)):
+        raise ValueError(
+            f"env has the observation space {observation_space}, but these policies take a flat one: "
+            "wrap the env in gymnasium.wrappers.FlattenObservation."
+        )
+    if is_image_space(observation_space):
+        raise ValueError(
+            f"env has the image observation space {observation_space}, but these policies are for state observations: "
+            "use an env, or a wrapper, that gives state vectors."
+        )
+

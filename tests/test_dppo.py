@@ -1,0 +1,324 @@
+"""The algorithm: accounting of env steps and decisions, the update, and what users get wrong."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback, StopTrainingOnMaxEpisodes
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
+
+from sb3_dppo import DPPO
+from sb3_dppo.buffers import DenoisingRolloutBufferSamples
+from tests.envs import CountingEnv, NanEnv
+
+SMALL = dict(net_arch=dict(pi=[16], vf=[16]), denoising_steps=4, horizon=4)
+
+
+def make_model(env: Any = "Pendulum-v1", **kwargs: Any) -> DPPO:
+    arguments: dict[str, Any] = dict(n_steps=16, batch_size=32, n_epochs=2, policy_kwargs=SMALL, seed=0, device="cpu")
+    return DPPO("DiffusionMlpPolicy", env, **{**arguments, **kwargs})
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(),
+        dict(act_steps=1),
+        dict(act_steps=2, ft_denoising_steps=2),
+        dict(scheduler="ddim", inference_steps=2, eta=0.5),
+        dict(policy_kwargs=dict(SMALL, prediction_type="sample")),
+        dict(policy_kwargs=dict(SMALL, prediction_type="v_prediction")),
+        dict(policy_kwargs=dict(SMALL, residual=False, net_arch=dict(pi=[16, 8], vf=[8, 4]), layer_norm=True)),
+        dict(shuffle="decisions"),
+        dict(bc_coef=0.1, ft_denoising_steps=2),
+        dict(max_grad_norm=0.5, clip_range_vf=0.2, advantage_quantiles=(0.05, 0.95)),
+        dict(clip_range_base=0.01, gamma_denoising=0.9, critic_warmup=1),
+        dict(min_sampling_std="lin_0.3", critic_learning_rate="lin_1e-3", learning_rate="1e-4"),
+        dict(scale_rewards=False, normalize_advantage=False),
+    ],
+)
+def test_learns_with_every_setting(kwargs: dict[str, Any]) -> None:
+    model = make_model(make_vec_env("Pendulum-v1", 3), **kwargs)
+    before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    model.learn(100)
+    assert model.num_timesteps == 144
+    after = model.policy.state_dict()
+    for name in after:
+        changed = not th.equal(before[name], after[name])
+        assert after[name].isfinite().all(), name
+        assert changed == name.startswith(("denoiser.", "critic.")), name
+
+
+def test_unet_learns() -> None:
+    kwargs = dict(net_arch=dict(pi=[8, 16], vf=[16]), denoising_steps=4, horizon=4)
+    model = DPPO("DiffusionUnetPolicy", "Pendulum-v1", n_steps=16, batch_size=32, n_epochs=2, policy_kwargs=kwargs)
+    before = [p.clone() for p in model.policy.denoiser.parameters()]
+    model.learn(32)
+    assert any(not th.equal(a, b) for a, b in zip(before, model.policy.denoiser.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv])
+@pytest.mark.parametrize("wrapper", [lambda env: env, VecNormalize, lambda env: VecFrameStack(env, 3)])
+def test_vec_envs(vec_env_cls: type[DummyVecEnv], wrapper: Callable[[Any], Any]) -> None:
+    env = wrapper(make_vec_env("Pendulum-v1", 2, vec_env_cls=vec_env_cls))
+    model = make_model(env, scale_rewards=not isinstance(env, VecNormalize))
+    model.learn(64)
+    assert model.rollout_buffer.observations.shape[1:] == env.observation_space.shape
+    env.close()
+
+
+@pytest.mark.parametrize("act_steps", [1, 2, 4])
+@pytest.mark.parametrize("truncate", [False, True])
+def test_decisions_of_a_rollout(act_steps: int, truncate: bool) -> None:
+    """Episodes of 7 and 5 steps in windows of ``act_steps``: what each decision saw, lasted and earned."""
+    lengths = (7, 5)
+    env = DummyVecEnv([lambda n=n: CountingEnv(n, truncate) for n in lengths])  # type: ignore[misc]
+    model = make_model(env, act_steps=act_steps, scale_rewards=False)
+    _, callback = model._setup_learn(1000)
+    with th.no_grad():
+        assert model.collect_rollouts(model.env, callback, model.rollout_buffer, 16)  # type: ignore[arg-type]
+    assert model.num_timesteps == 32
+    buffer = model.rollout_buffer
+    executed = [np.array(e.actions) for e in env.envs]  # type: ignore[attr-defined]
+    for env_index, length in enumerate(lengths):
+        # The obvious account: walk through the env steps.
+        expected, t, decision = [], 0, None
+        for step in range(16):
+            if decision is None or step % act_steps == 0:
+                decision = dict(obs=t, n=0, reward=0.0, end=False, first=step)
+                expected.append(decision)
+            t += 1
+            decision["n"] += 1
+            decision["reward"] += t
+            if t == length:
+                decision["end"], t = True, 0
+                decision = None
+        rows = np.flatnonzero(buffer.env_index[: buffer.size()] == env_index)
+        assert len(rows) == len(expected)
+        for row, decision in zip(rows, expected, strict=True):
+            assert buffer.observations[row, 0] == decision["obs"]
+            assert buffer.n_executed[row] == decision["n"]
+            assert buffer.rewards[row] == decision["reward"]
+            assert buffer.episode_end[row] == decision["end"]
+            # The env was given the first actions of the chunk, scaled to its bounds.
+            chunk = model.policy.unnormalize_actions(buffer.chains[row : row + 1, -1])[0]
+            played = executed[env_index][decision["first"] : decision["first"] + decision["n"]]
+            np.testing.assert_allclose(chunk[: decision["n"]], played, rtol=1e-5, atol=1e-6)
+            bootstrap = 0.0
+            if decision["end"] and truncate:
+                with th.no_grad():
+                    bootstrap = model.policy.predict_values(th.tensor([[length, length, 0.1]])).item()
+            assert buffer.bootstrap_values[row] == pytest.approx(bootstrap, rel=1e-5)
+    assert buffer.n_executed[: buffer.size()].sum() == 32
+
+
+def test_storage_grows_with_many_resets() -> None:
+    model = make_model(make_vec_env(lambda: CountingEnv(1), 3), act_steps=4)
+    model.learn(48)
+    assert model.rollout_buffer.size() == 48
+    assert (model.rollout_buffer.n_executed[:48] == 1).all()
+
+
+def test_minibatches_cover_every_pair_and_decision_once() -> None:
+    for shuffle in ("pairs", "decisions"):
+        model = make_model(make_vec_env("Pendulum-v1", 3), ft_denoising_steps=3, batch_size=10, shuffle=shuffle)
+        model.learn(48)
+        buffer = model.rollout_buffer
+        n_pairs = 3 * buffer.size()
+        batches = list(buffer.get(10, shuffle))
+        pairs = th.cat([3 * b.decision_index + b.denoising_index for b in batches])
+        assert sorted(pairs.tolist()) == list(range(n_pairs))
+        assert sorted(th.cat([b.value_index for b in batches]).tolist()) == list(range(buffer.size()))
+        sizes = [len(b.decision_index) for b in batches]
+        assert max(sizes) - min(sizes) <= (1 if shuffle == "pairs" else 3)
+        for b in batches:
+            assert (b.chain_prev == buffer.chains[b.decision_index, b.denoising_index]).all()
+            assert (b.chain_next == buffer.chains[b.decision_index, b.denoising_index + 1]).all()
+            if shuffle == "decisions":
+                assert (b.denoising_index.view(-1, 3) == th.arange(3)).all()
+
+
+def test_loss_is_the_same_for_both_orders_and_starts_at_ratio_one() -> None:
+    model = make_model(make_vec_env("Pendulum-v1", 2), n_epochs=1, learning_rate=0.0, ft_denoising_steps=2)
+    model.learn(32)
+    samples = next(model.rollout_buffer.get(None, "decisions"))
+    loss, metrics = model.loss(samples)
+    model.shuffle = "decisions"
+    th.testing.assert_close(model.loss(samples)[0], loss)
+    th.testing.assert_close(metrics["ratio"], th.tensor(1.0), rtol=1e-4, atol=1e-4)
+    assert metrics["approx_kl"] < 1e-6 and metrics["clip_fraction"] == 0
+    assert set(metrics) == {"policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction", "ratio", "bc_loss", "eta"}
+
+
+def test_log_probs_are_averaged_over_executed_actions_only() -> None:
+    model = make_model(make_vec_env("Pendulum-v1", 1), learning_rate=0.0)
+    model.learn(16)
+    samples = next(model.rollout_buffer.get(None))
+    n_executed = th.ones_like(samples.n_executed)
+    spoiled = samples.chain_next.clone()
+    spoiled[:, 1:] += 5.0  # actions that were not executed
+    log_prob = model.policy.pair_log_prob(
+        samples.observations[samples.decision_index], samples.chain_prev, samples.chain_next, samples.denoising_index
+    )
+    old = log_prob.detach().clamp(-5, 2)[:, 0].mean(-1)
+    loss_a = model.loss(samples._replace(n_executed=n_executed, old_log_prob=old))
+    loss_b = model.loss(samples._replace(n_executed=n_executed, old_log_prob=old, chain_next=spoiled))
+    th.testing.assert_close(loss_a[0], loss_b[0])
+    th.testing.assert_close(loss_a[1]["ratio"], th.tensor(1.0))
+
+
+def test_one_pair_is_not_normalised_and_one_step_has_a_clip_range() -> None:
+    model = make_model(make_vec_env("Pendulum-v1", 1), ft_denoising_steps=1, clip_range_base=0.01, clip_range=0.2)
+    model.learn(16)
+    samples: DenoisingRolloutBufferSamples = next(model.rollout_buffer.get(1))
+    assert len(samples.decision_index) == 1
+    loss, metrics = model.loss(samples)
+    assert loss.isfinite() and all(value.isfinite() for value in metrics.values())
+    assert model._clip_ranges().tolist() == pytest.approx([0.2])
+
+
+def test_clip_range_grows_from_base() -> None:
+    model = make_model(clip_range=0.1, clip_range_base=0.01, clip_range_rate=3.0)
+    i = np.arange(4) / 3
+    expected = 0.01 + 0.09 * (np.exp(3 * i) - 1) / (np.exp(3) - 1)
+    np.testing.assert_allclose(model._clip_ranges().numpy(), expected, rtol=1e-5)
+    assert make_model(clip_range=0.1)._clip_ranges().tolist() == pytest.approx([0.1] * 4)
+
+
+def test_target_kl_stops_before_the_step() -> None:
+    stopped = make_model(target_kl=-1.0)
+    before = [p.clone() for p in stopped.policy.parameters()]
+    stopped.learn(16)
+    assert all(th.equal(a, b) for a, b in zip(before, stopped.policy.parameters(), strict=True))
+    assert stopped._n_updates == 0
+
+
+def test_critic_warmup_trains_the_critic_only() -> None:
+    model = make_model(critic_warmup=2)
+    actor = [p.clone() for p in model.policy.denoiser.parameters()]
+    critic = [p.clone() for p in model.policy.critic.parameters()]
+    model.learn(32)
+    assert all(th.equal(a, b) for a, b in zip(actor, model.policy.denoiser.parameters(), strict=True))
+    assert any(not th.equal(a, b) for a, b in zip(critic, model.policy.critic.parameters(), strict=True))
+    model.learn(16, reset_num_timesteps=False)
+    assert any(not th.equal(a, b) for a, b in zip(actor, model.policy.denoiser.parameters(), strict=True))
+
+
+def test_schedules_follow_progress() -> None:
+    model = make_model(min_sampling_std="lin_0.4", learning_rate=lambda p: 1e-3 * p, clip_range=lambda p: 0.1 * p)
+    model.learn(32)
+    # The second rollout is made when half is left, its update when nothing is.
+    assert model.policy.min_sampling_std == pytest.approx(0.2)
+    assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(0.0)
+
+
+def test_callbacks_and_early_stop(tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    class Record(BaseCallback):
+        def _on_step(self) -> bool:
+            steps.append(self.num_timesteps)
+            assert len(self.locals["rewards"]) == len(self.locals["infos"]) == 2
+            return True
+
+    env = make_vec_env(lambda: CountingEnv(5), 2)
+    evaluation = EvalCallback(make_vec_env(lambda: CountingEnv(5), 1), eval_freq=10, log_path=str(tmp_path), verbose=0)
+    checkpoints = CheckpointCallback(10, str(tmp_path))
+    model = make_model(env).learn(60, callback=[Record(), evaluation, checkpoints], progress_bar=True)
+    assert steps == list(range(2, 66, 2))
+    assert evaluation.last_mean_reward == 15
+    assert (tmp_path / "rl_model_20_steps.zip").is_file()
+    assert len(model.ep_info_buffer) == 12  # type: ignore[arg-type]
+    model = make_model(env).learn(10_000, callback=StopTrainingOnMaxEpisodes(3))
+    assert model.num_timesteps < 100
+
+
+def test_tensorboard_and_logger_names(tmp_path: Path) -> None:
+    model = make_model(tensorboard_log=str(tmp_path))
+    model.learn(32)
+    assert (tmp_path / "DPPO_1").is_dir()
+    names = set(model.logger.name_to_value)
+    expected = {"loss", "policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction", "explained_variance", "learning_rate"}
+    assert {f"train/{name}" for name in expected} <= names
+
+
+def test_same_seed_same_run() -> None:
+    runs = [make_model(make_vec_env("Pendulum-v1", 2, seed=0)).learn(64) for _ in range(2)]
+    first, second = (run.policy.state_dict() for run in runs)
+    assert all(th.equal(first[name], second[name]) for name in first)
+
+
+def test_evaluation_does_not_change_training() -> None:
+    def run(freq: int) -> dict[str, th.Tensor]:
+        callback = EvalCallback(make_vec_env("Pendulum-v1", 1, seed=9), eval_freq=freq, verbose=0, n_eval_episodes=1)
+        return make_model(make_vec_env("Pendulum-v1", 2, seed=0)).learn(64, callback=callback).policy.state_dict()
+
+    often, never = run(5), run(10_000)
+    assert all(th.equal(often[name], never[name]) for name in often)
+
+
+def test_vec_normalize_warnings() -> None:
+    env = VecNormalize(make_vec_env("Pendulum-v1", 1))
+    with pytest.warns(UserWarning, match="scaled twice"):
+        make_model(env)
+    env = VecNormalize(make_vec_env("Pendulum-v1", 1), norm_reward=False)
+    model = make_model(env)
+    model.policy.set_normalization(np.zeros(3), np.ones(3), np.zeros(1), np.ones(1))
+    with pytest.warns(UserWarning, match=r"VecNormalize\(norm_obs=False\)"):
+        model.learn(16)
+
+
+@pytest.mark.parametrize(
+    "kwargs,message",
+    [
+        (dict(n_steps=10), "n_steps=10 must be a multiple of act_steps=4.*use 8"),
+        (dict(n_steps=2), "n_steps=2 must be a multiple of act_steps=4.*use 4"),
+        (dict(act_steps=5), "act_steps=5 must be between 1 and horizon=4"),
+        (dict(ft_denoising_steps=5), "ft_denoising_steps=5"),
+        (dict(scheduler="ddim", inference_steps=3), "inference_steps=3 must divide"),
+        (dict(shuffle="rows"), "shuffle='rows'"),
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(advantage_quantiles=(0.9, 0.1)), "advantage_quantiles"),
+        (dict(critic_learning_rate="linear"), "critic_learning_rate='linear' is not a schedule"),
+        (dict(min_sampling_std="lin_x"), "min_sampling_std='lin_x' is not a schedule"),
+    ],
+)
+def test_errors(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model(**kwargs)
+
+
+def test_large_batch_warns_and_means_one() -> None:
+    with pytest.warns(UserWarning, match="batch_size=1000 is more than the 16 pairs.*one minibatch"):
+        model = make_model(batch_size=1000)
+    assert len(list(model.learn(16).rollout_buffer.get(1000))) == 1
+
+
+def test_other_policies_are_refused() -> None:
+    with pytest.raises(ValueError, match="not a diffusion policy"):
+        DPPO(PPO.policy_aliases["MlpPolicy"], "Pendulum-v1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="MlpPolicy"):
+        DPPO("MlpPolicy", "Pendulum-v1")
+
+
+def test_nan_stops_with_env_and_step_and_leaves_checkpoints(tmp_path: Path) -> None:
+    env = DummyVecEnv([lambda: CountingEnv(100), lambda: NanEnv(20)])
+    model = make_model(env)
+    checkpoints = CheckpointCallback(4, str(tmp_path))
+    with pytest.raises(ValueError, match=r"observation of env 1 is NaN or infinite at step 19"):
+        model.learn(1000, callback=checkpoints)
+    saved = sorted(tmp_path.glob("*.zip"))
+    assert saved
+    for path in saved:
+        assert all(value.isfinite().all() for value in DPPO.load(path).policy.state_dict().values())
+
+
+def test_wrappers_of_gymnasium() -> None:
+    env = gym.wrappers.RescaleAction(gym.make("Pendulum-v1"), np.float32(-1), np.float32(1))
+    make_model(gym.wrappers.FlattenObservation(env)).learn(16)
