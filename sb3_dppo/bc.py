@@ -66,9 +66,10 @@ class BC:
 
         first, chunks = demonstrations.chunks(model.policy.horizon)
         self._set_normalization()
-        observations = demonstrations.stacked_observations(first, self.n_stack)
-        self.observations = th.as_tensor(observations.reshape(len(first), *model.observation_space.shape), device=model.device)  # type: ignore[misc]
-        self.actions = model.policy.normalize_actions(th.as_tensor(chunks, device=model.device))
+        self.observations = th.as_tensor(
+            demonstrations.stacked_observations(first, self.n_stack), dtype=th.float, device=model.device
+        )
+        self.actions = model.policy.normalize_actions(th.as_tensor(chunks, dtype=th.float, device=model.device))
 
     def _check_demonstrations(self) -> int:
         """

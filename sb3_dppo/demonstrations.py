@@ -142,6 +142,9 @@ def load_demonstrations(
 
 def _from_npz(path: Path, normalization: str | Path | None) -> Demonstrations:
     arrays = _read_npz(path, ("states", "actions", "traj_lengths"))
+    for name in ("states", "actions"):
+        if arrays[name].dtype.kind not in "fiu":
+            raise ValueError(f"{path}: {name} must be numbers, not {arrays[name].dtype}.")
     states, actions = (arrays[name].astype(np.float32) for name in ("states", "actions"))
     if normalization is None and (path.parent / "normalization.npz").is_file() and path.name != "normalization.npz":
         if np.abs(states).max() <= 1 + 1e-4 and np.abs(actions).max() <= 1 + 1e-4:

@@ -90,7 +90,8 @@ class DPPO(OnPolicyAlgorithm):
         function of the current progress remaining, or a string such as "lin_0.1"
     :param min_logprob_std: Floor of the std in log-probabilities
     :param noise_clip: Clamp of the standard normal noise of each denoising step
-    :param deterministic_noise: What ``predict(deterministic=True)`` draws: "zero" (nothing) or "random" (the initial iterate)
+    :param deterministic_noise: The noise of ``predict(deterministic=True)``: "observation" (a pseudo-random function of the
+        observation), "zero" (none) or "random" (drawn anew each time, as the paper's evaluations do)
     :param pretrained: Path of a saved model whose policy to start from. Its ``policy_kwargs`` replace those given here.
     :param rollout_buffer_class: Rollout buffer class to use. ``None`` means ``DenoisingRolloutBuffer``.
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
@@ -149,7 +150,7 @@ class DPPO(OnPolicyAlgorithm):
         min_sampling_std: float | str | Schedule = 0.1,
         min_logprob_std: float = 0.1,
         noise_clip: float = 3.0,
-        deterministic_noise: str = "zero",
+        deterministic_noise: str = "observation",
         pretrained: str | None = None,
         rollout_buffer_class: type[DenoisingRolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,

@@ -1,5 +1,6 @@
 """Diffusion actor-critic policies: networks, normalisation, sampling with log-probabilities, and acting in chunks."""
 
+import zlib
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
@@ -64,8 +65,10 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
     :param min_sampling_std: Floor of the std when exploring, at every step, in normalised action space.
     :param min_logprob_std: Floor of the std in log-probabilities.
     :param noise_clip: Clamp of the standard normal noise of each step; the initial iterate is not clamped.
-    :param deterministic_noise: What ``predict(deterministic=True)`` draws: "zero" (no noise at all) or "random"
-        (a random initial iterate, and DDPM's own small noise).
+    :param deterministic_noise: The noise of ``predict(deterministic=True)``: "observation" (a pseudo-random function of the
+        observation, so that behaviour is distributed as with random noise and yet the same observation gives the same action),
+        "zero" (none, which averages modes, and which a fine-tuned policy may never have seen) or "random" (drawn anew each time,
+        the reference implementation's evaluation).
     :param use_sde: Not supported; SB3 passes ``False``.
     :raises ValueError: naming the argument, for settings that don't fit together.
     """
@@ -112,7 +115,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         min_sampling_std: float = 0.1,
         min_logprob_std: float = 0.1,
         noise_clip: float = 3.0,
-        deterministic_noise: str = "zero",
+        deterministic_noise: str = "observation",
         use_sde: bool = False,
     ) -> None:
         if use_sde:
@@ -130,8 +133,8 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
             raise ValueError(f"horizon={horizon} must be at least 1.")
         if not 1 <= self.act_steps <= horizon:
             raise ValueError(f"act_steps={act_steps} must be between 1 and horizon={horizon}: a chunk has no more actions.")
-        if deterministic_noise not in ("zero", "random"):
-            raise ValueError(f"deterministic_noise={deterministic_noise!r} is unknown: choose 'zero' or 'random'.")
+        if deterministic_noise not in ("observation", "zero", "random"):
+            raise ValueError(f"deterministic_noise={deterministic_noise!r} is unknown: choose 'observation', 'zero' or 'random'.")
         process = DenoisingProcess(
             scheduler=scheduler,
             denoising_steps=denoising_steps,
@@ -510,10 +513,26 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         :param deterministic: Whether to act deterministically; see ``deterministic_noise``.
         :return: Actions for the env, shape (B, Tp, *action_space.shape).
         """
-        noise = self.draw_noise(len(obs), self.generator)
-        if deterministic and self.deterministic_noise == "zero":
-            noise = th.zeros_like(noise)
+        if not deterministic or self.deterministic_noise == "random":
+            noise = self.draw_noise(len(obs), self.generator)
+        else:
+            noise = self._deterministic_noise(obs)
         return self.unnormalize_actions(self.sample_chain(obs, deterministic, noise).actions)
+
+    def _deterministic_noise(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: Observations, shape (B, ...).
+        :return: Noise that depends on nothing but each observation, shape (S+1, B, Tp, Da).
+        """
+        shape = (self.inference_steps + 1, len(obs), self.horizon, self.action_dim)
+        if self.deterministic_noise == "zero":
+            return th.zeros(shape, device=self.device)
+        noise = np.empty(shape, dtype=np.float32)
+        for row, row_obs in enumerate(obs.cpu().numpy()):  # type: ignore[union-attr]
+            # Adding 0 turns -0.0 into 0.0, which is the same observation.
+            seed = zlib.crc32((row_obs.astype(np.float32) + 0.0).tobytes())
+            noise[:, row] = np.random.default_rng(seed).standard_normal(noise[:, row].shape, dtype=np.float32)
+        return th.as_tensor(noise, device=self.device)
 
     def empty_chunks(self, n_envs: int, n_actions: int) -> np.ndarray:
         """

@@ -12,7 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from torch import nn
 
-from sb3_dppo import DPPO, DiffusionMlpPolicy, DiffusionUnetPolicy
+from sb3_dppo import BC, DPPO, Demonstrations, DiffusionMlpPolicy, DiffusionUnetPolicy
 from sb3_dppo.policies import DiffusionActorCriticPolicy
 from tests.envs import CountingEnv
 
@@ -99,13 +99,35 @@ def test_normalisation() -> None:
     np.testing.assert_allclose(policy.unnormalize_actions(normalised[:, None])[:, 0], actions, atol=1e-5)
 
 
-@pytest.mark.parametrize("deterministic_noise", ["zero", "random"])
+@pytest.mark.parametrize("deterministic_noise", ["observation", "zero", "random"])
 def test_deterministic_noise(deterministic_noise: str) -> None:
     policy = make_policy(deterministic_noise=deterministic_noise)
-    obs = np.zeros((3, 5), dtype=np.float32)
+    obs = np.array([[0.0] * 5, [-0.0] * 5, [1e-3] * 5], dtype=np.float32)
     plans = [policy.predict(obs, deterministic=True)[0] for _ in range(2)]
-    assert (plans[0] == plans[1]).all() == (deterministic_noise == "zero")
+    assert (plans[0] == plans[1]).all() == (deterministic_noise != "random")
     assert not (policy.predict(obs)[0] == policy.predict(obs)[0]).all()
+    if deterministic_noise == "observation":
+        # One observation alone gives what it gives in a batch, in any float type, and another policy object agrees.
+        again = make_policy(deterministic_noise=deterministic_noise)
+        np.testing.assert_allclose(again.predict(obs[2].astype(np.float64), deterministic=True)[0], plans[0][2], rtol=1e-5)
+        np.testing.assert_array_equal(plans[0][0], plans[0][1])
+        noise = policy._deterministic_noise(th.randn(500, 5))
+        assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+        assert abs(np.corrcoef(noise[:, :, 0, 0])).max() < 1.001
+        assert abs(np.corrcoef(noise[0, :, 0, 0], noise[1, :, 0, 0])[0, 1]) < 0.2
+
+
+def test_deterministic_noise_keeps_modes_apart() -> None:
+    """Two equally good actions, -0.8 and 0.8: each observation gets one of them, not their mean."""
+    model = DPPO(
+        "DiffusionMlpPolicy", CountingEnv(n_actions=1), policy_kwargs=dict(SMALL, net_arch=dict(pi=[64, 64, 64]), horizon=1), seed=0
+    )
+    rng = np.random.default_rng(0)
+    actions = 0.8 * rng.choice([-1.0, 1.0], (1000, 1))
+    BC(model, Demonstrations(rng.normal(size=(1000, 3)), actions, np.array([1000])), learning_rate=3e-3).train(60, False)
+    chosen = model.predict(rng.normal(size=(200, 3)), deterministic=True)[0]
+    assert (np.abs(np.abs(chosen) - 0.8) < 0.2).mean() > 0.8
+    assert 0.2 < (chosen > 0).mean() < 0.8
 
 
 def count_plans(policy: DiffusionActorCriticPolicy, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -1,0 +1,152 @@
+"""The plug-in of rl_zoo3, in processes of their own as users run it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import yaml
+
+from sb3_dppo import BC, DPPO, Demonstrations
+from sb3_dppo.zoo import HYPERPARAMS, convert_dppo_params, hyperparams_file, sample_dppo_params
+
+SMALL = "policy_kwargs:dict(net_arch=dict(pi=[16],vf=[16]),denoising_steps=2,horizon=4)"
+
+
+def run(*command: str, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *command], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=600
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def train(*arguments: str, cwd: Path, **env: str) -> str:
+    return run("-m", "rl_zoo3.train", "--num-threads", "1", "--eval-freq", "-1", *arguments, cwd=cwd, **env).stdout
+
+
+def test_train_enjoy_and_video(tmp_path: Path) -> None:
+    out = train("--algo", "dppo", "--env", "Pendulum-v1", "-n", "500", "-params", "n_steps:64", "n_envs:2", SMALL, cwd=tmp_path)
+    assert str(HYPERPARAMS / "dppo.yml") in out
+    assert (tmp_path / "logs/dppo/Pendulum-v1_1/Pendulum-v1.zip").is_file()
+    enjoy = ("--algo", "dppo", "--env", "Pendulum-v1", "-f", "logs", "-n", "450", "--no-render")
+    out = run("-m", "rl_zoo3.enjoy", *enjoy, cwd=tmp_path).stdout
+    assert "Mean reward" in out
+    video = ("--algo", "dppo", "--env", "Pendulum-v1", "-f", "logs", "-n", "20", "-o", "videos")
+    run("-m", "rl_zoo3.record_video", *video, cwd=tmp_path, SDL_VIDEODRIVER="dummy")
+    assert list((tmp_path / "videos").glob("*.mp4"))
+
+
+def test_optimise_and_train_a_trial(tmp_path: Path) -> None:
+    storage = ("--storage", "sqlite:///study.db", "--study-name", "s")
+    common = ("--algo", "dppo", "--env", "Pendulum-v1", "-n", "300", "-params", "n_envs:2", SMALL)
+    out = train(*common, "-optimize", "--n-trials", "2", "--eval-episodes", "1", "--no-optim-plots", *storage, cwd=tmp_path)
+    assert "Best trial" in out and list((tmp_path / "logs/dppo").glob("report_*.csv"))
+    out = train(*common, "--trial-id", "1", *storage, cwd=tmp_path)
+    assert "Loading from Optuna study" in out and "'clip_range_base'" in out
+
+
+def pretrained(path: Path) -> Path:
+    model = DPPO("DiffusionMlpPolicy", "Pendulum-v1", policy_kwargs=dict(net_arch=dict(pi=[16], vf=[16]), denoising_steps=10))
+    rng = np.random.default_rng(0)
+    demonstrations = Demonstrations(rng.normal(size=(50, 3)), rng.uniform(-2, 2, (50, 1)), np.array([50]))
+    BC(model, demonstrations).train(1, progress_bar=False)
+    model.save(path)
+    return path
+
+
+def test_fine_tuning_a_pre_trained_agent(tmp_path: Path) -> None:
+    agent = pretrained(tmp_path / "agent.zip")
+    out = train("--algo", "dppo", "--env", "Pendulum-v1", "-n", "3000", "-i", str(agent), "-params", "n_steps:128", cwd=tmp_path)
+    assert "dppo_finetune.yml" in out
+    tuned = DPPO.load(tmp_path / "logs/dppo/Pendulum-v1_1/Pendulum-v1.zip")
+    assert tuned.policy.ft_denoising_steps == 10 and tuned.policy.denoising_steps == 10 and tuned.num_timesteps == 3072
+    # In a study, new agents start from it by name.
+    conf = tmp_path / "tune.yml"
+    conf.write_text(
+        yaml.dump({"default": dict(policy="DiffusionMlpPolicy", n_envs=2, n_timesteps=1000, pretrained=str(agent), act_steps=4)})
+    )
+    tune = ("-optimize", "--n-trials", "2", "--eval-episodes", "1", "--no-optim-plots", "--conf-file", str(conf))
+    out = train("--algo", "dppo", "--env", "Pendulum-v1", "-n", "300", *tune, cwd=tmp_path)
+    assert "Best trial" in out
+
+
+def test_other_algorithms_still_work(tmp_path: Path) -> None:
+    out = train("--algo", "ppo", "--env", "Pendulum-v1", "-n", "300", cwd=tmp_path)
+    assert "rl_zoo3/hyperparams/ppo.yml" in out
+
+
+def test_explicit_door(tmp_path: Path) -> None:
+    arguments = ("--algo", "dppo", "--env", "Pendulum-v1", "-n", "200", "--eval-freq", "-1", "-params", "n_steps:64", SMALL)
+    closed = run("-m", "rl_zoo3.train", *arguments, cwd=tmp_path, check=False, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert closed.returncode != 0 and "invalid choice: 'dppo'" in closed.stderr
+    run("-m", "sb3_dppo.zoo", "train", *arguments, cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert (tmp_path / "logs/dppo/Pendulum-v1_1").is_dir()
+    usage = run("-m", "sb3_dppo.zoo", "walk", cwd=tmp_path, check=False)
+    assert usage.returncode != 0 and "usage" in usage.stderr
+
+
+def test_registration_that_fails_leaves_pytorch_and_rl_zoo3_importable(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['sb3_dppo.zoo'] = None\n"
+        "import torch, rl_zoo3.exp_manager as m\n"
+        "assert 'dppo' not in m.ALGOS and 'ppo' in m.ALGOS\n"
+    )
+    done = run("-c", code, cwd=tmp_path)
+    assert "could not register" in done.stderr
+
+
+def test_registration_after_rl_zoo3_and_twice(tmp_path: Path) -> None:
+    code = (
+        "import rl_zoo3.exp_manager as m\n"
+        "assert 'dppo' not in m.ALGOS\n"
+        "import sb3_dppo, _sb3_dppo_autoload\n"
+        "_sb3_dppo_autoload.activate()\n"
+        "assert m.ALGOS['dppo'] is sb3_dppo.DPPO\n"
+    )
+    run("-c", code, cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+
+
+def test_import_costs(tmp_path: Path) -> None:
+    """PyTorch's import is not made slower, and ours does not bring in diffusers or torch's compiler."""
+    loaded = run("-c", "import torch, sys; print(*sys.modules)", cwd=tmp_path).stdout.split()
+    assert "_sb3_dppo_autoload" in loaded and not any(name.startswith(("sb3_dppo", "rl_zoo3")) for name in loaded)
+    loaded = run("-c", "import sb3_dppo, sys; print(*sys.modules)", cwd=tmp_path).stdout.split()
+    assert not any(name.startswith(("diffusers", "torch._dynamo", "rl_zoo3", "minari", "h5py")) for name in loaded)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sampled_hyperparameters_are_valid(seed: int, tmp_path: Path) -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    agent = str(pretrained(tmp_path / "agent.zip"))
+    for _ in range(5):
+        trial = study.ask()
+        params = sample_dppo_params(trial, 1, 2, {})
+        assert params == convert_dppo_params(trial.params)
+        assert "policy_kwargs" not in params
+        for extra in (dict[str, Any](), dict(pretrained=agent, act_steps=2, ft_denoising_steps=5)):
+            DPPO("DiffusionMlpPolicy", "Pendulum-v1", **params, **extra)
+
+
+@pytest.mark.parametrize("name", ["dppo.yml", "dppo_finetune.yml"])
+def test_packaged_hyperparameters(name: str) -> None:
+    entries = yaml.safe_load((HYPERPARAMS / name).read_text())
+    assert "default" in entries
+    if name == "dppo.yml":
+        assert {"Pendulum-v1", "Hopper-v5", "Walker2d-v5", "HalfCheetah-v5"} <= set(entries)
+    for entry in entries.values():
+        n_envs = entry.get("n_envs", 1)
+        arguments = {k: v for k, v in entry.items() if k not in ("policy", "n_envs", "n_timesteps", "normalize", "env_wrapper")}
+        if "policy_kwargs" in arguments:
+            arguments["policy_kwargs"] = eval(arguments["policy_kwargs"])
+        DPPO(entry["policy"], "Pendulum-v1", **arguments)
+        assert n_envs >= 1
+
+
+def test_hyperparams_file() -> None:
+    assert hyperparams_file().name == "dppo.yml"
+    assert hyperparams_file("no-such.zip").name == "dppo.yml"
