@@ -1,6 +1,6 @@
 """
-Makes rl_zoo3 know DPPO: PyTorch calls ``activate`` at the end of ``import torch``, in every program of an environment that this
-package is installed in. So this module imports neither PyTorch nor this package, and nothing here may raise.
+Makes rl_zoo3 know DPPO: PyTorch calls ``activate`` at the end of ``import torch``, in every program of an environment that
+this package is installed in. So this module imports neither PyTorch nor this package, and nothing here may raise.
 """
 
 import sys

@@ -17,7 +17,7 @@ from stable_baselines3.common.results_plotter import ts2xy, window_func
 from sb3_dppo import DPPO
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 def evaluate(path: Path, env_id: str, n_episodes: int, seed: int) -> tuple[float, float]:
@@ -44,7 +44,9 @@ def plot(run: Path, env_id: str, before: float, after: float, output: Path) -> N
     """
     steps, returns = ts2xy(load_results(str(run)), "timesteps")
     figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot(steps, returns, ".", markersize=3, alpha=0.3, color="tab:blue", label="training episodes, with exploration noise")
+    axes.plot(
+        steps, returns, ".", markersize=3, alpha=0.3, color="tab:blue", label="training episodes, with exploration noise"
+    )
     if len(returns) >= 20:
         smooth_steps, smooth = window_func(steps, returns, 20, np.mean)
         axes.plot(smooth_steps, smooth, color="tab:blue", label="mean of 20 episodes")
@@ -70,7 +72,8 @@ def main() -> None:
     before, before_std = evaluate(args.before, args.env, args.n_episodes, args.seed)
     print(f"Before: {before:.0f} ± {before_std:.0f} ({args.n_episodes} episodes, deterministic)")
     after, after_std = evaluate(agent, args.env, args.n_episodes, args.seed)
-    print(f"After:  {after:.0f} ± {after_std:.0f} ({args.n_episodes} episodes, deterministic), {after / before:.2f} times as much")
+    print(f"After:  {after:.0f} ± {after_std:.0f} ({args.n_episodes} episodes, deterministic)")
+    print(f"The return after is {after / before:.2f} times the one before")
     plot(args.run, args.env, before, after, output)
     print(f"Agent: {agent}\nLearning curve: {output}")
 

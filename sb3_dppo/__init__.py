@@ -8,15 +8,14 @@ from sb3_dppo.dppo import DPPO
 from sb3_dppo.policies import DiffusionMlpPolicy, DiffusionUnetPolicy
 from sb3_dppo.reference import import_reference_checkpoint
 
-
 __all__ = [
     "BC",
     "DPPO",
     "Demonstrations",
     "DiffusionMlpPolicy",
     "DiffusionUnetPolicy",
-    "import_reference_checkpoint",
     "__version__",
+    "import_reference_checkpoint",
     "load_demonstrations",
 ]
 

@@ -18,6 +18,7 @@ from tqdm.rich import tqdm
 
 from sb3_dppo.demonstrations import Demonstrations, load_demonstrations
 from sb3_dppo.dppo import DPPO
+from sb3_dppo.policies import PAPER_POLICY_KWARGS
 
 
 class BC:
@@ -109,7 +110,7 @@ class BC:
             return
         if spec.id.rpartition("-v")[0] != env_id.rpartition("-v")[0]:
             raise ValueError(f"demonstrations are of {env_id}, but the model's env is {spec.id}.")
-        warnings.warn(f"The demonstrations are of {env_id}, another version of the model's env {spec.id}.")
+        warnings.warn(f"The demonstrations are of {env_id}, another version of the model's env {spec.id}.", stacklevel=3)
 
     def _set_normalization(self) -> None:
         """
@@ -119,7 +120,8 @@ class BC:
         if vec_normalize is not None and vec_normalize.norm_obs:
             warnings.warn(
                 "The model's env is wrapped in VecNormalize, but demonstrations are of the env's own observations, which the "
-                "policy normalises itself: use VecNormalize(norm_obs=False)."
+                "policy normalises itself: use VecNormalize(norm_obs=False).",
+                stacklevel=4,
             )
         observations, actions = self.demonstrations.observations, self.demonstrations.actions
         self.model.policy.set_normalization(
@@ -209,12 +211,16 @@ def main() -> None:
     """
     The command line: pre-train a policy and save it, as ``rl_zoo3.train --algo dppo -i`` takes it.
     """
-    parser = argparse.ArgumentParser(prog="python -m sb3_dppo.bc", description="Pre-train a diffusion policy on demonstrations.")
+    parser = argparse.ArgumentParser(
+        prog="python -m sb3_dppo.bc", description="Pre-train a diffusion policy on demonstrations."
+    )
     parser.add_argument("--env", required=True, help="Gymnasium id of the environment")
     parser.add_argument("--demos", required=True, help="bundled set (hopper-medium), .npz file or Minari dataset id")
     parser.add_argument("-o", "--output", required=True, help="zip file to write")
     parser.add_argument("--policy", default="DiffusionMlpPolicy")
-    parser.add_argument("--policy-kwargs", nargs="+", default=[], metavar="KEY:VALUE", help="such as horizon:4 denoising_steps:20")
+    parser.add_argument(
+        "--policy-kwargs", nargs="+", default=[], metavar="KEY:VALUE", help="such as horizon:8; the paper's settings otherwise"
+    )
     parser.add_argument("-params", "--hyperparams", nargs="+", default=[], metavar="KEY:VALUE", help="arguments of DPPO")
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -241,7 +247,7 @@ def main() -> None:
     model = DPPO(
         args.policy,
         args.env,
-        policy_kwargs=_parse(args.policy_kwargs),
+        policy_kwargs={**PAPER_POLICY_KWARGS, **_parse(args.policy_kwargs)},
         verbose=1,
         seed=args.seed,
         device=args.device,

@@ -1,6 +1,7 @@
 """The rollout buffer: one row per decision with its denoising chain, GAE over decisions, minibatches of denoising steps."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -347,4 +348,4 @@ def _split(index: th.Tensor, n_batches: int, group: int) -> list[th.Tensor]:
     """
     n_groups = len(index) // group
     bounds = [group * (i * n_groups // n_batches) for i in range(n_batches + 1)]
-    return [index[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [index[start:stop] for start, stop in pairwise(bounds)]

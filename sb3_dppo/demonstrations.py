@@ -87,7 +87,10 @@ class Demonstrations:
         :raises ValueError: if every episode is shorter than a chunk.
         """
         first = np.concatenate(
-            [np.arange(start, start + length - horizon + 1) for start, length in zip(self.starts, self.traj_lengths, strict=True)]
+            [
+                np.arange(start, start + length - horizon + 1)
+                for start, length in zip(self.starts, self.traj_lengths, strict=True)
+            ]
         )
         if len(first) == 0:
             raise ValueError(
@@ -112,9 +115,7 @@ class Demonstrations:
         return np.concatenate(frames, axis=-1)
 
 
-def load_demonstrations(
-    source: "str | Path | MinariDataset", normalization: str | Path | None = None
-) -> Demonstrations:
+def load_demonstrations(source: "str | Path | MinariDataset", normalization: str | Path | None = None) -> Demonstrations:
     """
     Read demonstrations.
 
@@ -124,7 +125,8 @@ def load_demonstrations(
     file whose values are all in [-1, 1].
 
     :param source: A bundled set ("hopper-medium"), the path of an .npz file, the id of a local Minari dataset, or a dataset.
-    :param normalization: Path of an .npz with ``obs_min``, ``obs_max``, ``action_min`` and ``action_max``, for normalised files.
+    :param normalization: Path of an .npz with ``obs_min``, ``obs_max``, ``action_min`` and ``action_max``, for
+        normalised files.
     :return: The demonstrations, in the units of the env.
     :raises ValueError: for a source that can't be found or whose content does not fit together.
     """

@@ -1,6 +1,8 @@
 """The networks that predict noise (or the clean chunk) from a noisy chunk, a timestep and observation features."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch as th
 from torch import nn
@@ -69,11 +71,38 @@ def make_mlp(
     return nn.Sequential(*layers)
 
 
-class MlpDenoiser(nn.Module):
+class Denoiser(nn.Module, ABC):
+    """
+    What predicts noise. A chain calls :meth:`encode` and :meth:`embed_timesteps` once and :meth:`forward` at every step.
+    """
+
+    @abstractmethod
+    def encode(self, features: th.Tensor) -> th.Tensor:
+        """
+        :param features: Observation features, shape (B, features_dim).
+        :return: What the chain is conditioned on, shape (B, condition_dim).
+        """
+
+    @abstractmethod
+    def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
+        """
+        :param timesteps: Training timesteps, shape (T,).
+        :return: Their embeddings, shape (T, embedding_dim).
+        """
+
+    @abstractmethod
+    def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
+        """
+        :param sample: Noisy chunks, shape (B, Tp, Da).
+        :param time_embedding: From :meth:`embed_timesteps`, shape (embedding_dim,) for all rows or (B, embedding_dim).
+        :param condition: From :meth:`encode`, shape (B, condition_dim).
+        :return: The prediction, shape (B, Tp, Da).
+        """
+
+
+class MlpDenoiser(Denoiser):
     """
     A multilayer perceptron on the noisy chunk, the time embedding and the observation features.
-
-    A chain calls :meth:`encode` and :meth:`embed_timesteps` once and :meth:`forward` at every step.
 
     :param action_dim: Da, size of one action.
     :param horizon: Tp, actions in a chunk.
@@ -118,31 +147,17 @@ class MlpDenoiser(nn.Module):
         )
 
     def encode(self, features: th.Tensor) -> th.Tensor:
-        """
-        :param features: Observation features, shape (B, features_dim).
-        :return: What the chain is conditioned on, shape (B, condition_dim).
-        """
         return self.obs_encoder(features)
 
     def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
-        """
-        :param timesteps: Training timesteps, shape (T,).
-        :return: Their embeddings, shape (T, time_dim).
-        """
         return self.time_mlp(self.sinusoids[timesteps])
 
     def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
-        """
-        :param sample: Noisy chunks, shape (B, Tp, Da).
-        :param time_embedding: From :meth:`embed_timesteps`, shape (time_dim,) for all rows or (B, time_dim).
-        :param condition: From :meth:`encode`, shape (B, condition_dim).
-        :return: The prediction, shape (B, Tp, Da).
-        """
         time_embedding = time_embedding.expand(len(sample), -1)
         return self.mlp(th.cat([sample.flatten(1), time_embedding, condition], dim=1)).view_as(sample)
 
 
-class UnetDenoiser(nn.Module):
+class UnetDenoiser(Denoiser):
     """
     diffusers' ``UNet1DModel`` along the chunk, conditioned by adding an embedding of the features to the time embedding,
     which its residual blocks add to each channel.
@@ -169,12 +184,14 @@ class UnetDenoiser(nn.Module):
         halvings = len(net_arch) - 1
         if horizon % 2**halvings != 0:
             raise ValueError(
-                f"horizon={horizon} can't be halved {halvings} times, once between each two levels of net_arch={list(net_arch)}: "
+                f"horizon={horizon} can't be halved {halvings} times, once between two levels of net_arch={list(net_arch)}: "
                 f"use a multiple of {2**halvings}, fewer levels, or DiffusionMlpPolicy."
             )
         if any(channels % 8 for channels in net_arch):
-            raise ValueError(f"net_arch={list(net_arch)}: the UNet's channels must be multiples of 8, its normalisation groups.")
-        self.unet = UNet1DModel(
+            raise ValueError(
+                f"net_arch={list(net_arch)}: the UNet's channels must be multiples of 8, its normalisation groups."
+            )
+        unet: Any = UNet1DModel(
             sample_size=horizon,
             in_channels=action_dim,
             out_channels=action_dim,
@@ -190,29 +207,16 @@ class UnetDenoiser(nn.Module):
             act_fn="mish",
         )
         # The UNet adds the embedding that it is given: time and features are embedded here, once per chain.
-        self.time_proj, self.unet.time_proj = self.unet.time_proj, nn.Identity()
-        self.time_mlp, self.unet.time_mlp = self.unet.time_mlp, nn.Identity()
+        self.time_proj, unet.time_proj = unet.time_proj, nn.Identity()
+        self.time_mlp, unet.time_mlp = unet.time_mlp, nn.Identity()
+        self.unet = unet
         self.obs_encoder = make_mlp(features_dim, net_arch[0], [4 * net_arch[0]], activation_fn)
 
     def encode(self, features: th.Tensor) -> th.Tensor:
-        """
-        :param features: Observation features, shape (B, features_dim).
-        :return: Their embedding, shape (B, net_arch[0]).
-        """
         return self.obs_encoder(features)
 
     def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
-        """
-        :param timesteps: Training timesteps, shape (T,).
-        :return: Their embeddings, shape (T, net_arch[0]).
-        """
         return self.time_mlp(self.time_proj(timesteps))
 
     def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
-        """
-        :param sample: Noisy chunks, shape (B, Tp, Da).
-        :param time_embedding: Shape (net_arch[0],) for all rows or (B, net_arch[0]).
-        :param condition: From :meth:`encode`, shape (B, net_arch[0]).
-        :return: The prediction, shape (B, Tp, Da).
-        """
         return self.unet(sample.transpose(1, 2), time_embedding + condition).sample.transpose(1, 2)

@@ -51,8 +51,8 @@ class DenoisingProcess(nn.Module):
     position 0 is the noisiest step that is run, position ``inference_steps - 1`` the last one.
 
     diffusers' ``step`` takes one timestep for the whole batch and returns a sample. Policy gradients need mean and std, for
-    batches that mix timesteps; so the tables are derived here from the scheduler (Ho et al. 2020, eq. 6-7 for DDPM; Song et al.
-    2021, eq. 12 for DDIM, with the noise computed again from the clamped clean sample).
+    batches that mix timesteps; so the tables are derived here from the scheduler (Ho et al. 2020, eq. 6-7 for DDPM;
+    Song et al. 2021, eq. 12 for DDIM, with the noise computed again from the clamped clean sample).
 
     :param scheduler: ``"ddpm"``, ``"ddim"`` or a diffusers ``DDPMScheduler`` or ``DDIMScheduler``, of which the class and the
         options are kept, while K, the betas, the prediction type and the clamp come from the arguments below.
@@ -231,7 +231,7 @@ def gaussian_log_prob(x: th.Tensor, mean: th.Tensor, std: th.Tensor) -> th.Tenso
     return -0.5 * ((x - mean) / std) ** 2 - std.log() - LOG_SQRT_2PI
 
 
-def make_scheduler(scheduler: "str | DDPMScheduler | DDIMScheduler", config: dict[str, Any]) -> Any:
+def make_scheduler(scheduler: Any, config: dict[str, Any]) -> Any:
     """
     :param scheduler: A name, or a scheduler whose class and remaining options are kept.
     :param config: The options that a trained denoiser fixes.
@@ -247,11 +247,13 @@ def make_scheduler(scheduler: "str | DDPMScheduler | DDIMScheduler", config: dic
         return named[scheduler](**config)
     if type(scheduler) not in named.values():
         raise ValueError(
-            f"scheduler={type(scheduler).__name__} is not supported: its step must be a Gaussian transition with known mean and "
-            "std. Choose 'ddpm', 'ddim', a diffusers.DDPMScheduler or a diffusers.DDIMScheduler."
+            f"scheduler={type(scheduler).__name__} is not supported: its step must be a Gaussian transition with known mean "
+            "and std. Choose 'ddpm', 'ddim', a diffusers.DDPMScheduler or a diffusers.DDIMScheduler."
         )
     if scheduler.config.thresholding:
-        raise ValueError("scheduler: thresholding=True makes a step depend on the whole sample: use clip_sample_range instead.")
+        raise ValueError(
+            "scheduler: thresholding=True makes a step depend on the whole sample: use clip_sample_range instead."
+        )
     if "learned" in getattr(scheduler.config, "variance_type", ""):
         raise ValueError("scheduler: a learned variance_type needs a denoiser that predicts it: use 'fixed_small'.")
     # diffusers lists the options that were left at their defaults, and would ignore new values for these.

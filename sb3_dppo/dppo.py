@@ -25,6 +25,7 @@ from stable_baselines3.common.utils import (
     update_learning_rate,
 )
 from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 
 from sb3_dppo.buffers import DenoisingRolloutBuffer, DenoisingRolloutBufferSamples, RewardScaler, mean_log_prob
 from sb3_dppo.policies import DiffusionActorCriticPolicy, DiffusionMlpPolicy, DiffusionUnetPolicy, check_spaces
@@ -49,9 +50,9 @@ class DPPO(OnPolicyAlgorithm):
 
     Paper: https://arxiv.org/abs/2409.00588 (Ren et al. 2024)
 
-    A *decision* is a chunk of actions denoised from one observation; it is the transition that GAE sees. Each of its fine-tuned
-    denoising steps is a Gaussian action of PPO, with the decision's advantage. ``total_timesteps`` and ``n_steps`` count env
-    steps. The defaults are for learning from scratch; for fine-tuning a pre-trained policy see the documentation.
+    A *decision* is a chunk of actions denoised from one observation; it is the transition that GAE sees. Each of its
+    fine-tuned denoising steps is a Gaussian action of PPO, with the decision's advantage. ``total_timesteps`` and
+    ``n_steps`` count env steps. The defaults are for learning from scratch; for fine-tuning see the documentation.
 
     :param policy: The policy model to use ("DiffusionMlpPolicy", "DiffusionUnetPolicy" or a class)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -60,7 +61,8 @@ class DPPO(OnPolicyAlgorithm):
     :param n_steps: Env steps per env and rollout, a multiple of ``act_steps``
     :param batch_size: (decision, denoising step) pairs in a minibatch, about: an epoch is split into nearly equal ones
     :param n_epochs: Number of epochs when optimising the surrogate loss
-    :param gamma: Discount factor of a decision that lasts ``act_steps`` env steps; of a shorter one, γ^(its length / act_steps)
+    :param gamma: Discount factor of a decision that lasts ``act_steps`` env steps; of a shorter one,
+        γ^(its length / act_steps)
     :param gamma_denoising: Discount of the advantage per denoising step that is still to come
     :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator, per decision
     :param clip_range: Clipping parameter at the last denoising step, it can be a function of the current progress remaining.
@@ -75,16 +77,18 @@ class DPPO(OnPolicyAlgorithm):
     :param vf_coef: Value function coefficient for the loss calculation
     :param bc_coef: Coefficient of the log-probability, under the current policy, of chains sampled from the base policy
     :param max_grad_norm: The maximum value for the gradient clipping, of actor and critic separately, or ``None``
-    :param target_kl: Stop the epochs of an update, before the step, when the approximate KL divergence exceeds this. It is a mean
-        per action dimension, 1e-5 to 1e-3 in good runs: the usual 0.01 to 0.03 of PPO never stops anything here.
+    :param target_kl: Stop the epochs of an update, before the step, when the approximate KL divergence exceeds this. It is a
+        mean per action dimension, 1e-5 to 1e-3 in good runs: the usual 0.01 to 0.03 of PPO never stops anything here.
     :param critic_warmup: Rollouts on which only the critic is trained, after loading a pre-trained policy
     :param scale_rewards: Whether to divide the decisions' rewards by the running std of their discounted return
     :param shuffle: "pairs" draws minibatches from all pairs, "decisions" keeps the pairs of a decision together
-    :param act_steps: Ta, the actions of a chunk that are executed before planning again. ``None`` means the policy's ``horizon``.
+    :param act_steps: Ta, the actions of a chunk that are executed before planning again. ``None`` means the policy's
+        ``horizon``.
     :param scheduler: "ddpm", "ddim" or a diffusers ``DDPMScheduler`` or ``DDIMScheduler``
     :param inference_steps: S, denoising steps that are run: ``None`` for all, or for DDIM a divisor of ``denoising_steps``
     :param eta: DDIM's η when exploring
-    :param ft_denoising_steps: K', the last denoising steps, which are fine-tuned. The others run the frozen pre-trained policy.
+    :param ft_denoising_steps: K', the last denoising steps, which are fine-tuned. The others run the frozen pre-trained
+        policy.
         ``None`` means all.
     :param min_sampling_std: Floor of each denoising step's std when exploring, in normalised action space [-1, 1]; it can be a
         function of the current progress remaining, or a string such as "lin_0.1"
@@ -122,12 +126,12 @@ class DPPO(OnPolicyAlgorithm):
         env: GymEnv | str,
         learning_rate: float | Schedule = 3e-4,
         critic_learning_rate: float | str | Schedule = 1e-3,
-        n_steps: int = 256,
-        batch_size: int = 2560,
-        n_epochs: int = 10,
-        gamma: float = 0.99,
-        gamma_denoising: float = 0.99,
-        gae_lambda: float = 0.95,
+        n_steps: int = 512,
+        batch_size: int = 256,
+        n_epochs: int = 5,
+        gamma: float = 0.999,
+        gamma_denoising: float = 0.9,
+        gae_lambda: float = 0.98,
         clip_range: float | Schedule = 0.1,
         clip_range_base: float | None = None,
         clip_range_rate: float = 3.0,
@@ -147,8 +151,8 @@ class DPPO(OnPolicyAlgorithm):
         inference_steps: int | None = None,
         eta: float = 1.0,
         ft_denoising_steps: int | None = None,
-        min_sampling_std: float | str | Schedule = 0.1,
-        min_logprob_std: float = 0.1,
+        min_sampling_std: float | str | Schedule = 0.2,
+        min_logprob_std: float = 0.2,
         noise_clip: float = 3.0,
         deterministic_noise: str = "observation",
         pretrained: str | None = None,
@@ -247,7 +251,7 @@ class DPPO(OnPolicyAlgorithm):
             **{name: getattr(self, name) for name in SAMPLER_ARGUMENTS},
             **self.policy_kwargs,
         ).to(self.device)
-        buffer_class = self.rollout_buffer_class or DenoisingRolloutBuffer
+        buffer_class: type[DenoisingRolloutBuffer] = self.rollout_buffer_class or DenoisingRolloutBuffer  # type: ignore[assignment]
         self.rollout_buffer = buffer_class(
             self.n_steps,
             self.observation_space,
@@ -283,9 +287,12 @@ class DPPO(OnPolicyAlgorithm):
                 raise ValueError(f"pretrained={path!r} was made for the {name} {data[name]}, not for {getattr(self, name)}.")
         for name, value in self.policy_kwargs.items():
             if name not in data["policy_kwargs"] or data["policy_kwargs"][name] != value:
-                warnings.warn(f"policy_kwargs[{name!r}]={value} is ignored: the architecture is that of pretrained={path!r}.")
+                warnings.warn(
+                    f"policy_kwargs[{name!r}]={value} is ignored: the architecture is that of pretrained={path!r}.",
+                    stacklevel=3,
+                )
         self.policy_kwargs = data["policy_kwargs"]
-        return params["policy"]
+        return params["policy"]  # type: ignore[return-value]
 
     def _check_training_arguments(self) -> None:
         """
@@ -311,18 +318,21 @@ class DPPO(OnPolicyAlgorithm):
             warnings.warn(
                 f"batch_size={self.batch_size} is more than the {n_pairs} pairs of a rollout (n_envs={self.n_envs} × "
                 f"n_steps={self.n_steps} / act_steps={act_steps} × ft_denoising_steps={self.policy.ft_denoising_steps}): "
-                "each epoch is one minibatch."
+                "each epoch is one minibatch.",
+                stacklevel=3,
             )
         if self._vec_normalize_env is not None:
             if self._vec_normalize_env.norm_reward and self.scale_rewards:
                 warnings.warn(
                     "Rewards are scaled twice, by VecNormalize and by scale_rewards=True: "
-                    "use VecNormalize(norm_reward=False) or scale_rewards=False."
+                    "use VecNormalize(norm_reward=False) or scale_rewards=False.",
+                    stacklevel=3,
                 )
             if self._vec_normalize_env.norm_obs and self.policy.normalizes_observations:
                 warnings.warn(
                     "VecNormalize changes the observations of a policy that normalises them itself, with the ranges of its "
-                    "demonstrations: use VecNormalize(norm_obs=False)."
+                    "demonstrations: use VecNormalize(norm_obs=False).",
+                    stacklevel=3,
                 )
 
     def set_random_seed(self, seed: int | None = None) -> None:
@@ -446,7 +456,7 @@ class DPPO(OnPolicyAlgorithm):
         :param rollout_buffer: Where to keep it.
         :return: Chunks for the envs, shape (B, Tp, *action_space.shape).
         """
-        obs = obs_as_tensor(self._last_obs[env_index], self.device)  # type: ignore[index, arg-type]
+        obs: th.Tensor = obs_as_tensor(self._last_obs[env_index], self.device)  # type: ignore[index, arg-type, assignment]
         sampled = self.policy.sample_chain(obs)
         with th.no_grad():
             values = self.policy.predict_values(obs)
@@ -473,7 +483,7 @@ class DPPO(OnPolicyAlgorithm):
             bootstrap_values[truncated] = values.cpu().numpy().flatten()
         rollout_buffer.end_episodes(ended, bootstrap_values)
 
-    def _check_finite(self, obs: np.ndarray | dict[str, np.ndarray], rewards: np.ndarray) -> None:
+    def _check_finite(self, obs: VecEnvObs, rewards: np.ndarray) -> None:
         """
         :param obs: Observations of all envs.
         :param rewards: Rewards of all envs.
@@ -486,7 +496,7 @@ class DPPO(OnPolicyAlgorithm):
             env_index = int(np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))[0])
             raise ValueError(
                 f"The {name} of env {env_index} is NaN or infinite at step {self.num_timesteps // self.n_envs} of the env "
-                f"(num_timesteps={self.num_timesteps}): training stops before the policy learns from it. Models that were saved "
+                f"(num_timesteps={self.num_timesteps}): training stops before the policy learns from it. Models saved "
                 "so far are not affected; check the env, for instance with stable_baselines3.common.vec_env.VecCheckNan."
             )
 
@@ -650,8 +660,8 @@ class DPPO(OnPolicyAlgorithm):
         for name, values in metrics.items():
             self.logger.record(f"train/{name}", th.stack(values).mean().item())
         buffer, progress = self.rollout_buffer, self._current_progress_remaining
-        values, returns = buffer.old_values[: buffer.size()].cpu().numpy(), buffer.returns.cpu().numpy()
-        self.logger.record("train/explained_variance", explained_variance(values, returns))
+        old_values, returns = buffer.old_values[: buffer.size()].cpu().numpy(), buffer.returns.cpu().numpy()
+        self.logger.record("train/explained_variance", explained_variance(old_values, returns))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/learning_rate", self.lr_schedule(progress))
         self.logger.record("train/critic_learning_rate", self._critic_lr_schedule(progress))
@@ -677,7 +687,9 @@ class DPPO(OnPolicyAlgorithm):
         # How an optimiser runs belongs to this machine and not to the file.
         for optimizer in (self.policy.optimizer, self.policy.critic_optimizer):
             for group in optimizer.param_groups:
-                group.update({flag: optimizer.defaults.get(flag) for flag in ("fused", "foreach", "capturable") if flag in group})
+                group.update(
+                    {flag: optimizer.defaults.get(flag) for flag in ("fused", "foreach", "capturable") if flag in group}
+                )
 
     @classmethod
     def load(  # type: ignore[override]

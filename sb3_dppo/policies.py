@@ -1,7 +1,8 @@
 """Diffusion actor-critic policies: networks, normalisation, sampling with log-probabilities, and acting in chunks."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -15,17 +16,31 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_dppo.denoisers import MlpDenoiser, UnetDenoiser, make_mlp
+from sb3_dppo.denoisers import Denoiser, MlpDenoiser, UnetDenoiser, make_mlp
 from sb3_dppo.denoising import DenoisingChain, DenoisingProcess, gaussian_log_prob
 
 # The std of DDPM's deterministic mode, which is 0 at the last step only.
 DDPM_EVALUATION_STD = 1e-3
 NORMALIZATION_EPS = 1e-6
+# Up to this many decisions at once are denoised on one CPU thread.
+ONE_THREAD_BATCH_SIZE = 256
+
+
+# The paper's policies for Gym tasks, in policy_kwargs' terms, for pre-training and fine-tuning; the constructor's own defaults
+# are for learning from scratch (Ren et al. 2024, table A7).
+PAPER_POLICY_KWARGS: dict[str, Any] = dict(
+    denoising_steps=20,
+    horizon=4,
+    prediction_type="epsilon",
+    net_arch=dict(pi=[512, 512, 512], vf=[256, 256, 256]),
+)
 
 
 class DiffusionActorCriticPolicy(ActorCriticPolicy):
     """
     An actor that denoises chunks of actions and a critic of observations (Ren et al. 2024, section 4).
+
+    The defaults are for learning from scratch. ``PAPER_POLICY_KWARGS`` are the paper's for imitation and fine-tuning.
 
     Two denoisers exist: ``denoiser`` is trained and runs the last ``ft_denoising_steps`` of the sampler's steps;
     ``base_denoiser`` is the frozen copy that runs those before. Chains live in normalised action space, [-1, 1].
@@ -33,13 +48,14 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
     What a trained policy fixes comes first, then the sampler's settings, which may be changed when a policy is loaded and
     which :class:`~sb3_dppo.DPPO` passes on from its own arguments of the same names.
 
-    :param observation_space: Observation space, a ``Box`` that is no image, ``Discrete``, ``MultiDiscrete`` or ``MultiBinary``.
+    :param observation_space: Observation space, a ``Box`` that is no image, ``Discrete``, ``MultiDiscrete`` or
+        ``MultiBinary``.
     :param action_space: Action space, a ``Box`` with finite bounds.
     :param lr_schedule: Learning rate schedule of the actor (could be constant).
     :param net_arch: Hidden widths, of the denoiser under ``pi`` and of the critic under ``vf``.
     :param denoising_steps: K, the steps of the diffusion model.
     :param beta_schedule: diffusers' name of the noise schedule.
-    :param horizon: Tp, the actions predicted at once.
+    :param horizon: Tp, the actions predicted at once. (4 is the default of ``DiffusionUnetPolicy``.)
     :param prediction_type: What the denoiser predicts: "epsilon" (the noise), "sample" (the clean chunk) or "v_prediction".
     :param clip_sample_range: Clamp of the predicted clean chunk to ± this value, or ``None``.
     :param clip_noise_pred: DDIM only: clamp of the noise that follows from it, or ``None``.
@@ -67,14 +83,14 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
     :param noise_clip: Clamp of the standard normal noise of each step; the initial iterate is not clamped.
     :param deterministic_noise: The noise of ``predict(deterministic=True)``: "observation" (a pseudo-random function of the
         observation, so that behaviour is distributed as with random noise and yet the same observation gives the same action),
-        "zero" (none, which averages modes, and which a fine-tuned policy may never have seen) or "random" (drawn anew each time,
-        the reference implementation's evaluation).
+        "zero" (none, which averages modes, and which a fine-tuned policy may never have seen) or "random" (drawn anew each
+        time, the reference implementation's evaluation).
     :param use_sde: Not supported; SB3 passes ``False``.
     :raises ValueError: naming the argument, for settings that don't fit together.
     """
 
-    denoiser: nn.Module
-    base_denoiser: nn.Module
+    denoiser: Denoiser
+    base_denoiser: Denoiser
     critic: nn.Module
     obs_center: th.Tensor
     obs_scale: th.Tensor
@@ -87,10 +103,10 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         net_arch: dict[str, list[int]] | None = None,
-        denoising_steps: int = 20,
+        denoising_steps: int = 5,
         beta_schedule: str = "squaredcos_cap_v2",
-        horizon: int = 4,
-        prediction_type: str = "epsilon",
+        horizon: int = 1,
+        prediction_type: str = "sample",
         clip_sample_range: float | None = 1.0,
         clip_noise_pred: float | None = None,
         clip_final_action: float | None = None,
@@ -112,14 +128,16 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         inference_steps: int | None = None,
         eta: float = 1.0,
         ft_denoising_steps: int | None = None,
-        min_sampling_std: float = 0.1,
-        min_logprob_std: float = 0.1,
+        min_sampling_std: float = 0.2,
+        min_logprob_std: float = 0.2,
         noise_clip: float = 3.0,
         deterministic_noise: str = "observation",
         use_sde: bool = False,
     ) -> None:
         if use_sde:
-            raise ValueError("use_sde=True is not supported: a diffusion policy explores with the noise of its denoising steps.")
+            raise ValueError(
+                "use_sde=True is not supported: a diffusion policy explores with the noise of its denoising steps."
+            )
         check_spaces(observation_space, action_space)
         self._constructor_parameters = {
             name: value
@@ -134,7 +152,9 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         if not 1 <= self.act_steps <= horizon:
             raise ValueError(f"act_steps={act_steps} must be between 1 and horizon={horizon}: a chunk has no more actions.")
         if deterministic_noise not in ("observation", "zero", "random"):
-            raise ValueError(f"deterministic_noise={deterministic_noise!r} is unknown: choose 'observation', 'zero' or 'random'.")
+            raise ValueError(
+                f"deterministic_noise={deterministic_noise!r} is unknown: choose 'observation', 'zero' or 'random'."
+            )
         process = DenoisingProcess(
             scheduler=scheduler,
             denoising_steps=denoising_steps,
@@ -181,14 +201,14 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
 
     @staticmethod
     def _default_net_arch() -> dict[str, list[int]]:
-        return dict(pi=[512, 512, 512], vf=[256, 256, 256])
+        return dict(pi=[256, 256, 256], vf=[256, 256, 256])
 
     @staticmethod
     def _default_optimizer_kwargs(optimizer_class: type[th.optim.Optimizer]) -> dict[str, Any]:
         # AdamW's own weight decay of 0.01 would pull a fine-tuned policy away from its pre-trained weights.
         return dict(weight_decay=0.0, fused=True) if optimizer_class is th.optim.AdamW else {}
 
-    def _make_denoiser(self) -> nn.Module:
+    def _make_denoiser(self) -> Denoiser:
         raise NotImplementedError
 
     # ------------------------------------------------------------------ construction
@@ -217,7 +237,8 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         obs_shape = self.observation_space.shape if isinstance(self.observation_space, spaces.Box) else ()
         self.register_buffer("obs_center", th.zeros(obs_shape))
         self.register_buffer("obs_scale", th.ones(obs_shape))
-        low, high = (th.as_tensor(bound, dtype=th.float).flatten() for bound in (self.action_space.low, self.action_space.high))
+        box: Any = self.action_space
+        low, high = (th.as_tensor(bound, dtype=th.float).flatten() for bound in (box.low, box.high))
         self.register_buffer("action_center", (low + high) / 2)
         self.register_buffer("action_scale", (high - low) / 2)
 
@@ -262,7 +283,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
     @property
     def generator(self) -> th.Generator:
         """
-        :return: The generator that :meth:`predict` draws from: its own, so that evaluating does not change what training draws.
+        :return: The generator that :meth:`predict` draws from: its own, so that evaluation does not change training.
         """
         if self._generator is None or self._generator.device.type != self.device.type:
             self._generator = th.Generator(device=self.device).manual_seed(self._seed)
@@ -345,7 +366,6 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         shape = (self.inference_steps + 1, n, self.horizon, self.action_dim)
         return th.randn(shape, device=self.device, generator=generator)
 
-    @th.no_grad()
     def sample_chain(
         self, obs: PyTorchObs, deterministic: bool = False, noise: th.Tensor | None = None, use_base: bool = False
     ) -> DenoisingChain:
@@ -353,47 +373,48 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         Sample one chunk per observation (Ren et al. 2024, section 4.3 for the floors of the std).
 
         :param obs: Observations, shape (B, ...).
-        :param deterministic: Evaluation instead of exploration: DDPM keeps a small std except at the last step, DDIM uses η = 0,
-            and the initial iterate stays random.
-        :param noise: Standard normal, shape (S+1, B, Tp, Da): the initial iterate, then one per step in the order in which they
-            run, before ``noise_clip``. ``None`` draws it.
-        :param use_base: Run the base denoiser at every step. Log-probabilities are still those of the current denoiser.
+        :param deterministic: Evaluation instead of exploration: DDPM keeps a small std except at the last step, DDIM uses
+            η = 0, and the initial iterate stays random.
+        :param noise: Standard normal, shape (S+1, B, Tp, Da): the initial iterate, then one per step in the order in which
+            they run, before ``noise_clip``. ``None`` draws it.
+        :param use_base: Run the base denoiser at every step.
         :return: Chunks, chains and log-probabilities.
         """
-        noise = self.draw_noise(len(obs)) if noise is None else noise
-        ft_condition = self.denoiser.encode(self.extract_features(obs))
-        ft_embeddings = self.denoiser.embed_timesteps(self.process.timesteps)
-        if use_base or self.first_ft_position > 0:
-            base_features = self.extract_features(obs, self.base_features_extractor)  # type: ignore[arg-type]
-            base_condition = self.base_denoiser.encode(base_features)
+        if noise is None:
+            noise = self.draw_noise(len(obs))
+        with th.no_grad(), threads_for(len(obs)):
+            return self._run_chain(obs, deterministic, noise, use_base)
+
+    def _run_chain(self, obs: PyTorchObs, deterministic: bool, noise: th.Tensor, use_base: bool) -> DenoisingChain:
+        first_ft_position = self.inference_steps if use_base else self.first_ft_position
+        # What does not change along the chain: the features and the embeddings of the timesteps.
+        if first_ft_position > 0:
+            features = self.extract_features(obs, self.base_features_extractor)  # type: ignore[arg-type]
+            base_condition = self.base_denoiser.encode(features)
             base_embeddings = self.base_denoiser.embed_timesteps(self.process.timesteps)
+        if first_ft_position < self.inference_steps:
+            ft_condition = self.denoiser.encode(self.extract_features(obs))
+            ft_embeddings = self.denoiser.embed_timesteps(self.process.timesteps)
         eta = 0.0 if deterministic and self.process.is_ddim else self.eta
         step_noise = noise[1:].clamp(-self.noise_clip, self.noise_clip)
 
-        sample = noise[0]
-        chain, means = [], []
+        sample, iterates, means = noise[0], [noise[0]], []
         for position in range(self.inference_steps):
-            fine_tuned = position >= self.first_ft_position
-            if fine_tuned:
-                chain.append(sample)
-            if fine_tuned and not use_base:
-                output = self.denoiser(sample, ft_embeddings[position], ft_condition)
-            else:
+            if position < first_ft_position:
                 output = self.base_denoiser(sample, base_embeddings[position], base_condition)
+            else:
+                output = self.denoiser(sample, ft_embeddings[position], ft_condition)
             mean, sigma = self.process.transition(sample, output, position, eta)
-            if fine_tuned:
-                if use_base:
-                    output = self.denoiser(sample, ft_embeddings[position], ft_condition)
-                # In log-probabilities η is always the one of exploration.
-                same_mean = not use_base and eta == self.eta
-                means.append(mean if same_mean else self.process.transition(sample, output, position, self.eta)[0])
+            # In log-probabilities η is always the one of exploration.
+            means.append(mean if eta == self.eta else self.process.transition(sample, output, position, self.eta)[0])
             sample = mean + self._sampling_std(sigma, position, deterministic) * step_noise[position]
-        sample = self.process.clip_final(sample)
-        chain.append(sample)
+            iterates.append(sample)
+        iterates[-1] = self.process.clip_final(sample)
 
-        stacked = th.stack(chain, dim=1)
-        log_prob = gaussian_log_prob(stacked[:, 1:], th.stack(means, dim=1), self._log_prob_std()[:, None, None])
-        return DenoisingChain(sample, stacked, log_prob)
+        chain = th.stack(iterates[self.first_ft_position :], dim=1)
+        std = self._log_prob_std()[:, None, None]
+        log_prob = gaussian_log_prob(chain[:, 1:], th.stack(means[self.first_ft_position :], dim=1), std)
+        return DenoisingChain(iterates[-1], chain, log_prob)
 
     def _sampling_std(self, sigma: th.Tensor, position: int, deterministic: bool) -> th.Tensor | float:
         if not deterministic:
@@ -558,8 +579,8 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         Called without ``state``, it plans every time.
 
         :param observation: The observation or, for several envs, observations.
-        :param state: What the last call returned: the envs' chunks, shape (n_envs, act_steps, *action_space.shape), and how many
-            actions of them were executed, shape (n_envs,).
+        :param state: What the last call returned: the envs' chunks, shape (n_envs, act_steps, *action_space.shape), and how
+            many actions of them were executed, shape (n_envs,).
         :param episode_start: Which envs have just been reset, shape (n_envs,).
         :param deterministic: Whether to act deterministically; see ``deterministic_noise``.
         :return: The actions and the next state.
@@ -579,12 +600,15 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         else:
             chunks, n_executed = state[0].copy(), state[1].copy()
             if len(chunks) != n_envs:
-                raise ValueError(f"state is of {len(chunks)} envs, but observation of {n_envs}: pass state=None to start anew.")
+                raise ValueError(
+                    f"state is of {len(chunks)} envs, but observation of {n_envs}: pass state=None to start anew."
+                )
         must_plan = n_executed >= self.act_steps
         if episode_start is not None:
             must_plan = must_plan | np.asarray(episode_start, dtype=bool)
         if must_plan.any():
-            chunks[must_plan] = self.plan(obs_tensor[th.as_tensor(must_plan)], deterministic)[:, : self.act_steps]
+            planned = self.plan(obs_tensor[th.as_tensor(must_plan)], deterministic)  # type: ignore[index]
+            chunks[must_plan] = planned[:, : self.act_steps]
             n_executed[must_plan] = 0
         actions = chunks[np.arange(n_envs), n_executed]
         n_executed += 1
@@ -594,7 +618,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
 class DiffusionMlpPolicy(DiffusionActorCriticPolicy):
     __doc__ = DiffusionActorCriticPolicy.__doc__
 
-    def _make_denoiser(self) -> nn.Module:
+    def _make_denoiser(self) -> Denoiser:
         arguments = self._constructor_parameters
         return MlpDenoiser(
             self.action_dim,
@@ -613,17 +637,39 @@ class DiffusionMlpPolicy(DiffusionActorCriticPolicy):
 class DiffusionUnetPolicy(DiffusionActorCriticPolicy):
     __doc__ = DiffusionActorCriticPolicy.__doc__
 
+    def __init__(self, *args: Any, horizon: int = 4, **kwargs: Any) -> None:
+        # A UNet has nothing to do on a chunk of one action.
+        super().__init__(*args, horizon=horizon, **kwargs)
+
     @staticmethod
     def _default_net_arch() -> dict[str, list[int]]:
         return dict(pi=[64, 128], vf=[256, 256, 256])
 
-    def _make_denoiser(self) -> nn.Module:
+    def _make_denoiser(self) -> Denoiser:
         arguments = self._constructor_parameters
         for name in ("layer_norm", "obs_encoder_arch"):
             if arguments[name]:
                 raise ValueError(f"{name}={arguments[name]} is a setting of DiffusionMlpPolicy: the UNet has its own.")
         levels: Sequence[int] = self.net_arch["pi"]  # type: ignore[call-overload]
         return UnetDenoiser(self.action_dim, self.horizon, self.features_dim, levels, activation_fn=self.activation_fn)
+
+
+@contextmanager
+def threads_for(batch_size: int) -> Iterator[None]:
+    """
+    Denoise small batches on one CPU thread: a network call takes less time than waking up others, and they may stall for long.
+
+    :param batch_size: Number of decisions.
+    """
+    n_threads = th.get_num_threads()
+    if batch_size > ONE_THREAD_BATCH_SIZE or n_threads == 1:
+        yield
+        return
+    th.set_num_threads(1)
+    try:
+        yield
+    finally:
+        th.set_num_threads(n_threads)
 
 
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
@@ -652,4 +698,3 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
             f"env has the image observation space {observation_space}, but these policies are for state observations: "
             "use an env, or a wrapper, that gives state vectors."
         )
-

@@ -12,6 +12,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from torch import nn
 
 from sb3_dppo.dppo import DPPO
+from sb3_dppo.policies import PAPER_POLICY_KWARGS
 
 Tensors = dict[str, th.Tensor]
 
@@ -35,10 +36,11 @@ def import_reference_checkpoint(
     :param env_or_spaces: The env, or its observation space and action space. Of an observation history, the space of
         all frames side by side, newest last, as ``VecFrameStack`` gives it.
     :param policy_kwargs: What tensors don't tell: ``denoising_steps``, ``horizon``, ``activation_fn``,
-        ``critic_activation_fn``, ``prediction_type`` and the clamps, where they differ from the policy's defaults.
+        ``critic_activation_fn``, ``prediction_type`` and the clamps. Otherwise the paper's for Gym tasks.
     :param normalization: Path of the .npz with ``obs_min``, ``obs_max``, ``action_min`` and ``action_max`` of one frame.
         ``None``: observations are taken as they are, actions scaled to the action space's bounds.
-    :param dppo_kwargs: Arguments of :class:`~sb3_dppo.DPPO`, such as ``ft_denoising_steps`` and ``scheduler``.
+    :param dppo_kwargs: Arguments of :class:`~sb3_dppo.DPPO`, such as ``ft_denoising_steps`` and ``scheduler``. The floors of
+        the std are the paper's, 0.1, otherwise.
     :return: The model.
     :raises ValueError: if it is not such a checkpoint, or does not fit the spaces.
     """
@@ -55,7 +57,8 @@ def import_reference_checkpoint(
     for name, value in inferred.items():
         if name in policy_kwargs and policy_kwargs[name] != value:
             raise ValueError(f"policy_kwargs[{name!r}]={policy_kwargs[name]} contradicts the checkpoint, which has {value}.")
-    model = _make_model(env_or_spaces, {**policy_kwargs, **inferred}, dppo_kwargs)
+    policy_kwargs = {**PAPER_POLICY_KWARGS, **policy_kwargs, **inferred}
+    model = _make_model(env_or_spaces, policy_kwargs, dict(min_sampling_std=0.1, min_logprob_std=0.1) | dppo_kwargs)
     model.pretrained_on_demonstrations = True
     policy = model.policy
     try:
@@ -65,8 +68,8 @@ def import_reference_checkpoint(
             policy.critic.load_state_dict(_rename_mlp(critic))
     except RuntimeError as error:
         raise ValueError(
-            f"checkpoint does not fit the spaces {model.observation_space}, {model.action_space} and policy_kwargs={policy_kwargs} "
-            f"(horizon, time_dim): {error}"
+            f"checkpoint does not fit the spaces {model.observation_space} and {model.action_space} or "
+            f"policy_kwargs={policy_kwargs} (the horizon): {error}"
         ) from error
     if normalization is not None:
         _set_normalization(model, Path(normalization), has_critic=bool(critic))
@@ -91,9 +94,7 @@ def _read_tensors(checkpoint: str | Path | Mapping[str, Any]) -> Tensors:
             break
     if not isinstance(checkpoint, Mapping) or not all(isinstance(name, str) for name in checkpoint):
         raise ValueError(f"checkpoint holds a {type(checkpoint).__name__}, not tensors under names.")
-    return {
-        name: th.as_tensor(value) for name, value in checkpoint.items() if isinstance(value, (th.Tensor, np.ndarray))
-    }
+    return {name: th.as_tensor(value) for name, value in checkpoint.items() if isinstance(value, (th.Tensor, np.ndarray))}
 
 
 def _select(tensors: Tensors, prefix: str) -> Tensors:
@@ -206,11 +207,14 @@ def _set_normalization(model: DPPO, path: Path, has_critic: bool) -> None:
     obs_min, obs_max = (np.tile(ranges[name], width // frame) for name in ("obs_min", "obs_max"))
     shape = model.observation_space.shape
     policy.set_normalization(
-        obs_min.reshape(shape), obs_max.reshape(shape), ranges["action_min"], ranges["action_max"]  # type: ignore[arg-type]
+        obs_min.reshape(shape),
+        obs_max.reshape(shape),
+        ranges["action_min"],
+        ranges["action_max"],  # type: ignore[arg-type]
     )
     # The reference maps a dimension without range to -1 and not to 0: what follows from that goes into the first layer's bias.
     constant = th.as_tensor(obs_min == obs_max, device=model.device)
-    first_layers = [
+    first_layers: list[Any] = [
         denoiser.obs_encoder[0] if isinstance(denoiser.obs_encoder, nn.Sequential) else denoiser.mlp[0]  # type: ignore[index]
         for denoiser in (policy.denoiser, policy.base_denoiser)
     ]

@@ -74,11 +74,11 @@ def test_frame_stacking_pads_as_vec_frame_stack_does() -> None:
     observations, frames, lengths = [], [], []
     for _ in range(2):
         obs = env.reset()
-        for t in range(5):
+        for _ in range(5):
             observations.append(obs[0])
             frames.append(obs[0, -3:])
             obs = env.step(np.zeros((1, 1), dtype=np.float32))[0]
-        lengths.append(t + 1)
+        lengths.append(5)
     demonstrations = Demonstrations(np.array(frames), np.zeros((10, 1)), np.array(lengths))
     np.testing.assert_array_equal(demonstrations.stacked_observations(np.arange(10), 3), observations)
     model = make_model(env)
@@ -137,9 +137,26 @@ def test_warnings() -> None:
 
 
 def test_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sb3_dppo.bc", "--env", "Hopper-v5", "--demos", "hopper-medium", "-o", str(tmp_path / "a.zip")]
+    command = [
+        sys.executable,
+        "-m",
+        "sb3_dppo.bc",
+        "--env",
+        "Hopper-v5",
+        "--demos",
+        "hopper-medium",
+        "-o",
+        str(tmp_path / "a.zip"),
+    ]
     options = ["--epochs", "1", "--batch-size", "2000", "--eval-episodes", "1", "--seed", "0", "--num-threads", "1"]
-    kwargs = ["--policy-kwargs", "denoising_steps:4", "net_arch:{'pi': [32], 'vf': [32]}", "-params", "act_steps:2", "n_steps:16"]
+    kwargs = [
+        "--policy-kwargs",
+        "denoising_steps:4",
+        "net_arch:{'pi': [32], 'vf': [32]}",
+        "-params",
+        "act_steps:2",
+        "n_steps:16",
+    ]
     done = subprocess.run([*command, *options, *kwargs], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Mean reward" in done.stdout and f"{len(load_demonstrations('hopper-medium'))} transitions" in done.stdout

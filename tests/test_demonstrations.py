@@ -46,7 +46,11 @@ def test_chunks_stay_inside_episodes(tmp_path: Path) -> None:
 
 def test_normalised_files_of_the_reference(tmp_path: Path) -> None:
     raw = arrays()
-    ranges = {f"{short}_{kind}": getattr(raw[name], kind)(axis=0) for short, name in (("obs", "states"), ("action", "actions")) for kind in ("min", "max")}
+    ranges = {
+        f"{short}_{kind}": getattr(raw[name], kind)(axis=0)
+        for short, name in (("obs", "states"), ("action", "actions"))
+        for kind in ("min", "max")
+    }
     normalised = {
         name: 2 * (raw[name] - ranges[f"{short}_min"]) / (ranges[f"{short}_max"] - ranges[f"{short}_min"] + 1e-6) - 1
         for short, name in (("obs", "states"), ("action", "actions"))

@@ -44,7 +44,9 @@ def test_ddim_transition_equals_scheduler_step(
     noise = th.randn_like(sample)
     for position, t in enumerate(process.scheduler.timesteps):
         mean, sigma = process.transition(sample, output, position, eta)
-        step = process.scheduler.step(output, int(t), sample, eta, use_clipped_model_output=True, variance_noise=noise).prev_sample
+        step = process.scheduler.step(
+            output, int(t), sample, eta, use_clipped_model_output=True, variance_noise=noise
+        ).prev_sample
         scale = step.abs().max().item()
         th.testing.assert_close(mean + sigma * noise, step, rtol=1e-4, atol=1e-4 * scale)
 
@@ -104,7 +106,10 @@ def test_log_prob() -> None:
     "arguments,message",
     [
         (dict(scheduler="ddpm", inference_steps=5), "inference_steps=5 differs from denoising_steps=20.*ddim"),
-        (dict(scheduler="ddim", inference_steps=3), r"inference_steps=3 must divide denoising_steps=20.*\[1, 2, 4, 5, 10, 20\]"),
+        (
+            dict(scheduler="ddim", inference_steps=3),
+            r"inference_steps=3 must divide denoising_steps=20.*\[1, 2, 4, 5, 10, 20\]",
+        ),
         (dict(scheduler="ddim", inference_steps=40), "inference_steps=40 must divide"),
         (dict(scheduler="ddim", inference_steps=0), "inference_steps=0 must divide"),
         (dict(scheduler="euler"), "scheduler='euler' is unknown"),

@@ -244,7 +244,15 @@ def test_tensorboard_and_logger_names(tmp_path: Path) -> None:
     model.learn(32)
     assert (tmp_path / "DPPO_1").is_dir()
     names = set(model.logger.name_to_value)
-    expected = {"loss", "policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction", "explained_variance", "learning_rate"}
+    expected = {
+        "loss",
+        "policy_gradient_loss",
+        "value_loss",
+        "approx_kl",
+        "clip_fraction",
+        "explained_variance",
+        "learning_rate",
+    }
     assert {f"train/{name}" for name in expected} <= names
 
 

@@ -12,7 +12,9 @@ pytestmark = pytest.mark.slow
 
 def test_fine_tuning_improves_hopper() -> None:
     policy_kwargs = dict(net_arch=dict(pi=[256, 256, 256]))
-    kwargs = dict(act_steps=4, ft_denoising_steps=10, n_steps=256, batch_size=1280, n_epochs=5, clip_range=0.05, clip_range_base=0.01)
+    kwargs = dict(
+        act_steps=4, ft_denoising_steps=10, n_steps=256, batch_size=1280, n_epochs=5, clip_range=0.05, clip_range_base=0.01
+    )
     model = DPPO("DiffusionMlpPolicy", make_vec_env("Hopper-v5", 8, seed=0), policy_kwargs=policy_kwargs, seed=0, **kwargs)
     BC(model, load_demonstrations("hopper-medium")).train(20, progress_bar=False)
     env = make_vec_env("Hopper-v5", 10, seed=10_000)

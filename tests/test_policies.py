@@ -16,8 +16,9 @@ from sb3_dppo import BC, DPPO, Demonstrations, DiffusionMlpPolicy, DiffusionUnet
 from sb3_dppo.policies import DiffusionActorCriticPolicy
 from tests.envs import CountingEnv
 
-SMALL = dict(net_arch=dict(pi=[16], vf=[16]), denoising_steps=4)
+SMALL = dict(net_arch=dict(pi=[16], vf=[16]), denoising_steps=4, horizon=4)
 BOX = spaces.Box(-1, 1, (5,))
+MODES = dict(net_arch=dict(pi=[64, 64, 64]), horizon=1, denoising_steps=20, prediction_type="epsilon")
 
 
 def make_policy(cls: type[DiffusionActorCriticPolicy] = DiffusionMlpPolicy, **kwargs: Any) -> DiffusionActorCriticPolicy:
@@ -33,7 +34,11 @@ def make_policy(cls: type[DiffusionActorCriticPolicy] = DiffusionMlpPolicy, **kw
 @pytest.mark.parametrize("ft_denoising_steps", [1, 2])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_sampled_log_probs_are_those_of_the_chain(
-    cls: type[DiffusionActorCriticPolicy], scheduler: str, inference_steps: int | None, ft_denoising_steps: int, deterministic: bool
+    cls: type[DiffusionActorCriticPolicy],
+    scheduler: str,
+    inference_steps: int | None,
+    ft_denoising_steps: int,
+    deterministic: bool,
 ) -> None:
     policy = make_policy(
         cls, scheduler=scheduler, inference_steps=inference_steps, ft_denoising_steps=ft_denoising_steps, eta=0.6
@@ -120,7 +125,10 @@ def test_deterministic_noise(deterministic_noise: str) -> None:
 def test_deterministic_noise_keeps_modes_apart() -> None:
     """Two equally good actions, -0.8 and 0.8: each observation gets one of them, not their mean."""
     model = DPPO(
-        "DiffusionMlpPolicy", CountingEnv(n_actions=1), policy_kwargs=dict(SMALL, net_arch=dict(pi=[64, 64, 64]), horizon=1), seed=0
+        "DiffusionMlpPolicy",
+        CountingEnv(n_actions=1),
+        policy_kwargs=MODES,
+        seed=0,
     )
     rng = np.random.default_rng(0)
     actions = 0.8 * rng.choice([-1.0, 1.0], (1000, 1))
@@ -215,7 +223,14 @@ def test_predict_does_not_disturb_training_draws() -> None:
 @pytest.mark.parametrize("cls", [DiffusionMlpPolicy, DiffusionUnetPolicy])
 def test_policy_save_and_load_keeps_the_sampler(cls: type[DiffusionActorCriticPolicy], tmp_path: Path) -> None:
     policy = make_policy(
-        cls, act_steps=2, scheduler="ddim", inference_steps=2, eta=0.5, ft_denoising_steps=1, min_sampling_std=0.2, noise_clip=2.0
+        cls,
+        act_steps=2,
+        scheduler="ddim",
+        inference_steps=2,
+        eta=0.5,
+        ft_denoising_steps=1,
+        min_sampling_std=0.2,
+        noise_clip=2.0,
     )
     policy.set_normalization(np.zeros(5), np.ones(5), np.zeros(2), np.ones(2))
     policy.save(str(tmp_path / "policy.pt"))

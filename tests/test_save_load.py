@@ -186,12 +186,16 @@ def test_pretrained_argument(tmp_path: Path) -> None:
     demonstrations = Demonstrations(rng.normal(size=(50, 3)), rng.uniform(-2, 2, (50, 1)), np.array([20, 30]))
     BC(model, demonstrations).train(1, progress_bar=False)
     model.save(tmp_path / "bc.zip")
-    fresh = DPPO("DiffusionMlpPolicy", "Pendulum-v1", pretrained=str(tmp_path / "bc.zip"), n_steps=16, batch_size=32, act_steps=2)
+    fresh = DPPO(
+        "DiffusionMlpPolicy", "Pendulum-v1", pretrained=str(tmp_path / "bc.zip"), n_steps=16, batch_size=32, act_steps=2
+    )
     assert states_equal(fresh.policy.state_dict(), model.policy.state_dict())
     assert fresh.policy.act_steps == 2 and fresh.policy.horizon == 4
     fresh.learn(32)
     with pytest.warns(UserWarning, match=r"policy_kwargs\['horizon'\]=8 is ignored"):
-        DPPO("DiffusionMlpPolicy", "Pendulum-v1", pretrained=str(tmp_path / "bc.zip"), policy_kwargs=dict(horizon=8), n_steps=16)
+        DPPO(
+            "DiffusionMlpPolicy", "Pendulum-v1", pretrained=str(tmp_path / "bc.zip"), policy_kwargs=dict(horizon=8), n_steps=16
+        )
     with pytest.raises(ValueError, match="observation_space"):
         DPPO("DiffusionMlpPolicy", "Hopper-v5", pretrained=str(tmp_path / "bc.zip"))
     with pytest.raises(ValueError, match="holds a DiffusionMlpPolicy"):

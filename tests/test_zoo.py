@@ -19,7 +19,12 @@ SMALL = "policy_kwargs:dict(net_arch=dict(pi=[16],vf=[16]),denoising_steps=2,hor
 
 def run(*command: str, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", *command], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=600
+        [sys.executable, "-W", "ignore", *command],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -30,7 +35,9 @@ def train(*arguments: str, cwd: Path, **env: str) -> str:
 
 
 def test_train_enjoy_and_video(tmp_path: Path) -> None:
-    out = train("--algo", "dppo", "--env", "Pendulum-v1", "-n", "500", "-params", "n_steps:64", "n_envs:2", SMALL, cwd=tmp_path)
+    out = train(
+        "--algo", "dppo", "--env", "Pendulum-v1", "-n", "500", "-params", "n_steps:64", "n_envs:2", SMALL, cwd=tmp_path
+    )
     assert str(HYPERPARAMS / "dppo.yml") in out
     assert (tmp_path / "logs/dppo/Pendulum-v1_1/Pendulum-v1.zip").is_file()
     enjoy = ("--algo", "dppo", "--env", "Pendulum-v1", "-f", "logs", "-n", "450", "--no-render")
@@ -61,14 +68,18 @@ def pretrained(path: Path) -> Path:
 
 def test_fine_tuning_a_pre_trained_agent(tmp_path: Path) -> None:
     agent = pretrained(tmp_path / "agent.zip")
-    out = train("--algo", "dppo", "--env", "Pendulum-v1", "-n", "3000", "-i", str(agent), "-params", "n_steps:128", cwd=tmp_path)
+    out = train(
+        "--algo", "dppo", "--env", "Pendulum-v1", "-n", "3000", "-i", str(agent), "-params", "n_steps:128", cwd=tmp_path
+    )
     assert "dppo_finetune.yml" in out
     tuned = DPPO.load(tmp_path / "logs/dppo/Pendulum-v1_1/Pendulum-v1.zip")
     assert tuned.policy.ft_denoising_steps == 10 and tuned.policy.denoising_steps == 10 and tuned.num_timesteps == 3072
     # In a study, new agents start from it by name.
     conf = tmp_path / "tune.yml"
     conf.write_text(
-        yaml.dump({"default": dict(policy="DiffusionMlpPolicy", n_envs=2, n_timesteps=1000, pretrained=str(agent), act_steps=4)})
+        yaml.dump(
+            {"default": dict(policy="DiffusionMlpPolicy", n_envs=2, n_timesteps=1000, pretrained=str(agent), act_steps=4)}
+        )
     )
     tune = ("-optimize", "--n-trials", "2", "--eval-episodes", "1", "--no-optim-plots", "--conf-file", str(conf))
     out = train("--algo", "dppo", "--env", "Pendulum-v1", "-n", "300", *tune, cwd=tmp_path)
@@ -140,7 +151,9 @@ def test_packaged_hyperparameters(name: str) -> None:
         assert {"Pendulum-v1", "Hopper-v5", "Walker2d-v5", "HalfCheetah-v5"} <= set(entries)
     for entry in entries.values():
         n_envs = entry.get("n_envs", 1)
-        arguments = {k: v for k, v in entry.items() if k not in ("policy", "n_envs", "n_timesteps", "normalize", "env_wrapper")}
+        arguments = {
+            k: v for k, v in entry.items() if k not in ("policy", "n_envs", "n_timesteps", "normalize", "env_wrapper")
+        }
         if "policy_kwargs" in arguments:
             arguments["policy_kwargs"] = eval(arguments["policy_kwargs"])
         DPPO(entry["policy"], "Pendulum-v1", **arguments)
