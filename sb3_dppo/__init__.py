@@ -1,12 +1,27 @@
 """DPPO, Diffusion Policy Policy Optimization, for Stable-Baselines3."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from _sb3_dppo_autoload import activate
 from sb3_dppo._version import __version__
-from sb3_dppo.bc import BC
-from sb3_dppo.demonstrations import Demonstrations, load_demonstrations
 from sb3_dppo.dppo import DPPO
 from sb3_dppo.policies import DiffusionMlpPolicy, DiffusionUnetPolicy
 from sb3_dppo.reference import import_reference_checkpoint
+
+if TYPE_CHECKING:
+    from sb3_dppo.bc import BC
+    from sb3_dppo.demonstrations import Demonstrations, load_demonstrations
+
+# Modules that are also programs: `python -m` warns about those that their package has imported.
+_LAZY = {"BC": "sb3_dppo.bc", "Demonstrations": "sb3_dppo.demonstrations", "load_demonstrations": "sb3_dppo.demonstrations"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
 
 __all__ = [
     "BC",

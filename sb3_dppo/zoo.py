@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 import zipfile
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ import optuna
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
 
-import sb3_dppo.hyperparams
 from sb3_dppo.dppo import DPPO
 
-HYPERPARAMS = Path(sb3_dppo.hyperparams.__path__[0])
+HYPERPARAMS = Path(str(files("sb3_dppo.hyperparams")))
 
 
 def register() -> None:
