@@ -313,6 +313,12 @@ class DPPO(OnPolicyAlgorithm):
         low, high = self.advantage_quantiles
         if not 0 <= low < high <= 1:
             raise ValueError(f"advantage_quantiles={self.advantage_quantiles} must be two numbers with 0 <= low < high <= 1.")
+
+    def _warn_about_training_arguments(self) -> None:
+        """
+        Warn of settings that work but are probably not meant.
+        """
+        act_steps = self.policy.act_steps
         n_pairs = self.n_envs * (self.n_steps // act_steps) * self.policy.ft_denoising_steps
         if self.batch_size > n_pairs:
             warnings.warn(
@@ -368,6 +374,7 @@ class DPPO(OnPolicyAlgorithm):
         :return: The trained model
         """
         self._check_training_arguments()
+        self._warn_about_training_arguments()
         return super().learn(
             total_timesteps=int(total_timesteps),
             callback=callback,

@@ -639,7 +639,7 @@ class DiffusionUnetPolicy(DiffusionActorCriticPolicy):
 
     def __init__(self, *args: Any, horizon: int = 4, **kwargs: Any) -> None:
         # A UNet has nothing to do on a chunk of one action.
-        super().__init__(*args, horizon=horizon, **kwargs)
+        super().__init__(*args, horizon=horizon, **kwargs)  # type: ignore[misc]
 
     @staticmethod
     def _default_net_arch() -> dict[str, list[int]]:

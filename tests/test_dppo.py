@@ -274,7 +274,7 @@ def test_evaluation_does_not_change_training() -> None:
 def test_vec_normalize_warnings() -> None:
     env = VecNormalize(make_vec_env("Pendulum-v1", 1))
     with pytest.warns(UserWarning, match="scaled twice"):
-        make_model(env)
+        make_model(env).learn(16)
     env = VecNormalize(make_vec_env("Pendulum-v1", 1), norm_reward=False)
     model = make_model(env)
     model.policy.set_normalization(np.zeros(3), np.ones(3), np.zeros(1), np.ones(1))
@@ -304,8 +304,8 @@ def test_errors(kwargs: dict[str, Any], message: str) -> None:
 
 def test_large_batch_warns_and_means_one() -> None:
     with pytest.warns(UserWarning, match="batch_size=1000 is more than the 16 pairs.*one minibatch"):
-        model = make_model(batch_size=1000)
-    assert len(list(model.learn(16).rollout_buffer.get(1000))) == 1
+        model = make_model(batch_size=1000).learn(16)
+    assert len(list(model.rollout_buffer.get(1000))) == 1
 
 
 def test_other_policies_are_refused() -> None:
