@@ -1,11 +1,12 @@
 """The networks that predict noise (or the clean chunk) from a noisy chunk, a timestep and observation features."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch as th
 from torch import nn
+from torch.nn import functional as F
 
 
 class ResidualBlock(nn.Module):
@@ -73,8 +74,19 @@ def make_mlp(
 
 class Denoiser(nn.Module, ABC):
     """
-    What predicts noise. A chain calls :meth:`encode` and :meth:`embed_timesteps` once and :meth:`forward` at every step.
+    What predicts noise, from what :meth:`encode` makes of the observation and :meth:`embed_timesteps` of the timestep.
     """
+
+    def for_chain(self, features: th.Tensor, timesteps: th.Tensor) -> Callable[[th.Tensor, int], th.Tensor]:
+        """
+        Prepare a denoising chain: what does not change along it is computed here, once.
+
+        :param features: Observation features, shape (B, features_dim).
+        :param timesteps: Timesteps of the chain's positions, shape (S,).
+        :return: A function of noisy chunks, shape (B, Tp, Da), and their position, that returns the prediction.
+        """
+        condition, embeddings = self.encode(features), self.embed_timesteps(timesteps)
+        return lambda sample, position: self(sample, embeddings[position], condition)
 
     @abstractmethod
     def encode(self, features: th.Tensor) -> th.Tensor:
@@ -117,6 +129,8 @@ class MlpDenoiser(Denoiser):
     """
 
     sinusoids: th.Tensor
+    time_mlp: nn.Sequential
+    mlp: nn.Sequential
 
     def __init__(
         self,
@@ -142,9 +156,27 @@ class MlpDenoiser(Denoiser):
             self.obs_encoder = make_mlp(features_dim, obs_encoder_arch[-1], obs_encoder_arch[:-1], activation_fn)
             features_dim = obs_encoder_arch[-1]
         chunk_dim = horizon * action_dim
+        self.input_sizes = [chunk_dim, time_dim, features_dim]
         self.mlp = make_mlp(
-            chunk_dim + time_dim + features_dim, chunk_dim, net_arch, activation_fn, residual=residual, layer_norm=layer_norm
+            sum(self.input_sizes), chunk_dim, net_arch, activation_fn, residual=residual, layer_norm=layer_norm
         )
+
+    def for_chain(self, features: th.Tensor, timesteps: th.Tensor) -> Callable[[th.Tensor, int], th.Tensor]:
+        first, *following = self.mlp.children()
+        assert isinstance(first, nn.Linear)
+        # The first layer by what it sees: at each step only the noisy chunk's part is computed anew.
+        chunk_weight, time_weight, obs_weight = first.weight.split(self.input_sizes, dim=1)
+        obs_part = F.linear(self.encode(features), obs_weight)
+        time_parts = F.linear(self.embed_timesteps(timesteps), time_weight, first.bias).unbind()
+        chunk_weight = chunk_weight.t()
+
+        def predict(sample: th.Tensor, position: int) -> th.Tensor:
+            hidden = th.addmm(obs_part, sample.flatten(1), chunk_weight).add_(time_parts[position])
+            for layer in following:
+                hidden = layer(hidden)
+            return hidden.view_as(sample)
+
+        return predict
 
     def encode(self, features: th.Tensor) -> th.Tensor:
         return self.obs_encoder(features)

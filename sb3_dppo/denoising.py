@@ -30,19 +30,19 @@ class DenoisingChain(NamedTuple):
 class Coefficients(NamedTuple):
     """
     What the reverse step at one position of the process needs. For a tensor of N positions each field has shape (N, 1, 1),
-    so that positions can be mixed in a batch; for a single position each field is a scalar tensor.
+    so that positions can be mixed in a batch; for a single position each field is a number.
     """
 
-    x0_from_sample: th.Tensor
-    x0_from_output: th.Tensor
-    noise_from_sample: th.Tensor
-    noise_from_output: th.Tensor
-    sqrt_alpha: th.Tensor
-    sqrt_one_minus_alpha: th.Tensor
-    mean_from_x0: th.Tensor
-    mean_from_sample: th.Tensor
-    one_minus_alpha_prev: th.Tensor
-    sigma: th.Tensor
+    x0_from_sample: Any
+    x0_from_output: Any
+    noise_from_sample: Any
+    noise_from_output: Any
+    sqrt_alpha: Any
+    sqrt_one_minus_alpha: Any
+    mean_from_x0: Any
+    mean_from_sample: Any
+    one_minus_alpha_prev: Any
+    sigma: Any
 
 
 class DenoisingProcess(nn.Module):
@@ -106,6 +106,7 @@ class DenoisingProcess(nn.Module):
         # Not persistent: a saved policy can be loaded with another sampler.
         self.register_buffer("timesteps", self.scheduler.timesteps.clone(), persistent=False)
         self.register_buffer("table", self._make_table(), persistent=False)
+        self._numbers = [Coefficients(*row) for row in self.table.tolist()]
 
     def _check_inference_steps(self) -> None:
         K, S = self.denoising_steps, self.inference_steps
@@ -162,22 +163,21 @@ class DenoisingProcess(nn.Module):
         :param position: One position, or the position of each row of a batch, shape (N,).
         :return: The coefficients there.
         """
-        rows = self.table[position]
-        if rows.dim() == 2:
-            rows = rows[:, None, None, :]
-        return Coefficients(*rows.unbind(-1))
+        if isinstance(position, int):
+            return self._numbers[position]
+        return Coefficients(*self.table[position][:, None, None].unbind(-1))
 
     def transition(
-        self, sample: th.Tensor, output: th.Tensor, position: int | th.Tensor, eta: float | th.Tensor = 1.0
-    ) -> tuple[th.Tensor, th.Tensor]:
+        self, sample: th.Tensor, output: th.Tensor, position: int | th.Tensor, eta: float = 1.0
+    ) -> tuple[th.Tensor, th.Tensor | float]:
         """
         The reverse step from ``sample``.
 
         :param sample: The current iterate, shape (B, Tp, Da).
         :param output: The denoiser's output there, the same shape.
         :param position: Where in the process: one position, or one per row, shape (B,).
-        :param eta: DDIM's η, a number or one per action dimension, shape (Da,). DDPM has none.
-        :return: Mean, shape (B, Tp, Da), and std (no floor applied), broadcastable to it.
+        :param eta: DDIM's η. DDPM has none.
+        :return: Mean, shape (B, Tp, Da), and std (no floor applied), a number or of shape (B, 1, 1).
         """
         c = self.coefficients(position)
         x0 = c.x0_from_sample * sample + c.x0_from_output * output
@@ -193,7 +193,8 @@ class DenoisingProcess(nn.Module):
         if self.clip_noise_pred is not None:
             noise = noise.clamp(-self.clip_noise_pred, self.clip_noise_pred)
         sigma = eta * c.sigma
-        direction = (c.one_minus_alpha_prev - sigma**2).clamp(min=0).sqrt()
+        direction = c.one_minus_alpha_prev - sigma**2
+        direction = max(direction, 0.0) ** 0.5 if isinstance(direction, float) else direction.clamp(min=0).sqrt()
         return c.mean_from_x0 * x0 + direction * noise, sigma
 
     def clip_final(self, sample: th.Tensor) -> th.Tensor:

@@ -502,7 +502,7 @@ class DPPO(OnPolicyAlgorithm):
                 continue
             env_index = int(np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))[0])
             raise ValueError(
-                f"The {name} of env {env_index} is NaN or infinite at step {self.num_timesteps // self.n_envs} of the env "
+                f"The {name} of env {env_index} is NaN or infinite after env step {self.num_timesteps // self.n_envs + 1} "
                 f"(num_timesteps={self.num_timesteps}): training stops before the policy learns from it. Models saved "
                 "so far are not affected; check the env, for instance with stable_baselines3.common.vec_env.VecCheckNan."
             )

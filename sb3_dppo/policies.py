@@ -386,42 +386,45 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
             return self._run_chain(obs, deterministic, noise, use_base)
 
     def _run_chain(self, obs: PyTorchObs, deterministic: bool, noise: th.Tensor, use_base: bool) -> DenoisingChain:
-        first_ft_position = self.inference_steps if use_base else self.first_ft_position
-        # What does not change along the chain: the features and the embeddings of the timesteps.
+        process, first_ft_position = self.process, self.inference_steps if use_base else self.first_ft_position
         if first_ft_position > 0:
             features = self.extract_features(obs, self.base_features_extractor)  # type: ignore[arg-type]
-            base_condition = self.base_denoiser.encode(features)
-            base_embeddings = self.base_denoiser.embed_timesteps(self.process.timesteps)
+            base_predict = self.base_denoiser.for_chain(features, process.timesteps)
         if first_ft_position < self.inference_steps:
-            ft_condition = self.denoiser.encode(self.extract_features(obs))
-            ft_embeddings = self.denoiser.embed_timesteps(self.process.timesteps)
-        eta = 0.0 if deterministic and self.process.is_ddim else self.eta
-        step_noise = noise[1:].clamp(-self.noise_clip, self.noise_clip)
+            ft_predict = self.denoiser.for_chain(self.extract_features(obs), process.timesteps)
+        eta = 0.0 if deterministic and process.is_ddim else self.eta
+        step_noise = noise[1:].clamp(-self.noise_clip, self.noise_clip) * self._sampling_std(deterministic, eta)
 
         sample, iterates, means = noise[0], [noise[0]], []
-        for position in range(self.inference_steps):
-            if position < first_ft_position:
-                output = self.base_denoiser(sample, base_embeddings[position], base_condition)
-            else:
-                output = self.denoiser(sample, ft_embeddings[position], ft_condition)
-            mean, sigma = self.process.transition(sample, output, position, eta)
+        for position, added_noise in enumerate(step_noise.unbind()):
+            output = (base_predict if position < first_ft_position else ft_predict)(sample, position)
+            mean, _ = process.transition(sample, output, position, eta)
             # In log-probabilities η is always the one of exploration.
-            means.append(mean if eta == self.eta else self.process.transition(sample, output, position, self.eta)[0])
-            sample = mean + self._sampling_std(sigma, position, deterministic) * step_noise[position]
+            means.append(mean if eta == self.eta else process.transition(sample, output, position, self.eta)[0])
+            sample = mean + added_noise
             iterates.append(sample)
-        iterates[-1] = self.process.clip_final(sample)
+        iterates[-1] = process.clip_final(sample)
 
         chain = th.stack(iterates[self.first_ft_position :], dim=1)
         std = self._log_prob_std()[:, None, None]
         log_prob = gaussian_log_prob(chain[:, 1:], th.stack(means[self.first_ft_position :], dim=1), std)
         return DenoisingChain(iterates[-1], chain, log_prob)
 
-    def _sampling_std(self, sigma: th.Tensor, position: int, deterministic: bool) -> th.Tensor | float:
+    def _sampling_std(self, deterministic: bool, eta: float) -> th.Tensor:
+        """
+        :param deterministic: See :meth:`sample_chain`.
+        :param eta: DDIM's η.
+        :return: The std of the noise that is added at each position, shape (S, 1, 1, 1).
+        """
+        sigma = self.process.table[:, -1] * (eta if self.process.is_ddim else 1.0)
         if not deterministic:
-            return sigma.clamp(min=self.min_sampling_std)
-        if self.process.is_ddim or position == self.inference_steps - 1:
-            return 0.0
-        return sigma.clamp(min=DDPM_EVALUATION_STD)
+            std = sigma.clamp(min=self.min_sampling_std)
+        elif self.process.is_ddim:
+            std = th.zeros_like(sigma)
+        else:
+            std = sigma.clamp(min=DDPM_EVALUATION_STD)
+            std[-1] = 0.0
+        return std[:, None, None, None]
 
     def _log_prob_std(self) -> th.Tensor:
         """

@@ -319,7 +319,7 @@ def test_nan_stops_with_env_and_step_and_leaves_checkpoints(tmp_path: Path) -> N
     env = DummyVecEnv([lambda: CountingEnv(100), lambda: NanEnv(20)])
     model = make_model(env)
     checkpoints = CheckpointCallback(4, str(tmp_path))
-    with pytest.raises(ValueError, match=r"observation of env 1 is NaN or infinite at step 19"):
+    with pytest.raises(ValueError, match=r"observation of env 1 is NaN or infinite after env step 20"):
         model.learn(1000, callback=checkpoints)
     saved = sorted(tmp_path.glob("*.zip"))
     assert saved
