@@ -113,8 +113,9 @@ def _infer_architecture(denoiser: Tensors, critic: Tensors) -> dict[str, Any]:
         net_arch=dict(pi=_widths(mlp)[:-1]),
         residual=_is_residual(mlp),
         layer_norm=_has_layer_norm(mlp),
-        time_dim=len(denoiser["time_embedding.3.bias"]),
     )
+    if "time_embedding.3.bias" in denoiser:
+        inferred["time_dim"] = len(denoiser["time_embedding.3.bias"])
     if encoder:
         inferred["obs_encoder_arch"] = _widths(encoder)
     if critic:
@@ -167,7 +168,10 @@ def _rename_denoiser(denoiser: Tensors) -> Tensors:
     # Index 0 of the reference's time embedding has no weights: the sinusoids.
     for index in (1, 3):
         for kind in ("weight", "bias"):
-            renamed[f"time_mlp.{index - 1}.{kind}"] = denoiser[f"time_embedding.{index}.{kind}"]
+            name = f"time_embedding.{index}.{kind}"
+            if name not in denoiser:
+                raise ValueError(f"checkpoint lacks the tensor {name!r}.")
+            renamed[f"time_mlp.{index - 1}.{kind}"] = denoiser[name]
     return renamed
 
 
