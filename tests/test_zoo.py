@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from sb3_dppo import BC, DPPO, Demonstrations
+from sb3_dppo.policies import PAPER_POLICY_KWARGS
 from sb3_dppo.zoo import HYPERPARAMS, convert_dppo_params, hyperparams_file, sample_dppo_params
 
 SMALL = "policy_kwargs:dict(net_arch=dict(pi=[16],vf=[16]),denoising_steps=2,horizon=4)"
@@ -58,7 +59,9 @@ def test_optimise_and_train_a_trial(tmp_path: Path) -> None:
 
 
 def pretrained(path: Path) -> Path:
-    model = DPPO("DiffusionMlpPolicy", "Pendulum-v1", policy_kwargs=dict(net_arch=dict(pi=[16], vf=[16]), denoising_steps=10))
+    model = DPPO(
+        "DiffusionMlpPolicy", "Pendulum-v1", policy_kwargs=dict(net_arch=dict(pi=[16], vf=[16]), denoising_steps=10, horizon=4)
+    )
     rng = np.random.default_rng(0)
     demonstrations = Demonstrations(rng.normal(size=(50, 3)), rng.uniform(-2, 2, (50, 1)), np.array([50]))
     BC(model, demonstrations).train(1, progress_bar=False)
@@ -154,8 +157,8 @@ def test_packaged_hyperparameters(name: str) -> None:
         arguments = {
             k: v for k, v in entry.items() if k not in ("policy", "n_envs", "n_timesteps", "normalize", "env_wrapper")
         }
-        if "policy_kwargs" in arguments:
-            arguments["policy_kwargs"] = eval(arguments["policy_kwargs"])
+        if name == "dppo_finetune.yml":
+            arguments["policy_kwargs"] = PAPER_POLICY_KWARGS  # that of the agent to fine-tune
         DPPO(entry["policy"], "Pendulum-v1", **arguments)
         assert n_envs >= 1
 
