@@ -53,7 +53,7 @@ def plot(run: Path, env_id: str, before: float, after: float, output: Path) -> N
     axes.axhline(before, linestyle="--", color="tab:gray", label=f"pre-trained, evaluated: {before:.0f}")
     axes.axhline(after, linestyle="--", color="tab:green", label=f"fine-tuned, evaluated: {after:.0f}")
     axes.set(xlabel="env steps", ylabel="return", title=f"DPPO fine-tuning in {env_id}")
-    axes.legend(loc="upper left", fontsize=8)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.4), ncols=2, fontsize=8)
     figure.tight_layout()
     figure.savefig(output, dpi=120)
 

@@ -255,7 +255,9 @@ def main() -> None:
         **_parse(args.hyperparams),
     )
     try:
-        BC(model, demonstrations, batch_size=args.batch_size, learning_rate=args.learning_rate).train(args.epochs)
+        BC(model, demonstrations, batch_size=args.batch_size, learning_rate=args.learning_rate).train(
+            args.epochs, log_interval=max(1, args.epochs // 5)
+        )
     except KeyboardInterrupt:
         print("Interrupted: saving what was learned so far")
     model.save(output)
