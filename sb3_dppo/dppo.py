@@ -384,6 +384,10 @@ class DPPO(OnPolicyAlgorithm):
             progress_bar=progress_bar,
         )
 
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        # The last rollout may go beyond the total: schedules end at 0 and not below, where learning rates would be negative.
+        self._current_progress_remaining = max(0.0, 1.0 - num_timesteps / total_timesteps)
+
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         total_timesteps, callback = super()._setup_learn(*args, **kwargs)
         assert self._last_episode_starts is not None

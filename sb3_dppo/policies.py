@@ -174,9 +174,10 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
             )
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} must be between 0 and 1.")
-        for name, value in (("min_sampling_std", min_sampling_std), ("min_logprob_std", min_logprob_std)):
-            if value <= 0:
-                raise ValueError(f"{name}={value} must be positive: some denoising steps have no noise of their own.")
+        if min_sampling_std < 0:
+            raise ValueError(f"min_sampling_std={min_sampling_std} must not be negative.")
+        if min_logprob_std <= 0:
+            raise ValueError(f"min_logprob_std={min_logprob_std} must be positive: the last step has no noise of its own.")
         self.eta = eta
         self.min_sampling_std = min_sampling_std
         self.min_logprob_std = min_logprob_std

@@ -285,6 +285,7 @@ def test_features_extractor_and_encoder_have_frozen_copies() -> None:
         (dict(scheduler="ddim", inference_steps=3), "inference_steps=3 must divide"),
         (dict(eta=1.5), "eta=1.5"),
         (dict(min_logprob_std=0.0), "min_logprob_std=0.0 must be positive"),
+        (dict(min_sampling_std=-0.1), "min_sampling_std=-0.1 must not be negative"),
         (dict(deterministic_noise="none"), "deterministic_noise='none'"),
         (dict(horizon=0), "horizon=0"),
         (dict(net_arch=dict(pi=[16, 16])), r"net_arch=\[16, 16\].*odd number of equal widths.*residual=False"),

@@ -129,6 +129,14 @@ def test_as_the_zoo_loads_for_enjoy_and_video(tmp_path: Path) -> None:
     assert loaded.predict(np.zeros(3), deterministic=True)[0].shape == (1,)
 
 
+def test_schedules_that_end_at_zero(tmp_path: Path) -> None:
+    model = make_model(min_sampling_std="lin_0.3", learning_rate=lambda p: 1e-3 * p, clip_range=lambda p: 0.1 * p)
+    model.learn(40)  # 64 steps are made: beyond the end of the schedules
+    assert model.policy.optimizer.param_groups[0]["lr"] == 0
+    model.save(tmp_path / "model")
+    assert DPPO.load(tmp_path / "model").policy.min_sampling_std == 0
+
+
 def test_learning_goes_on(tmp_path: Path) -> None:
     model = make_model()
     model.learn(64)
