@@ -13,7 +13,7 @@ from gymnasium import spaces
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import configure_logger
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, unwrap_vec_wrapper
 from tqdm.rich import tqdm
 
 from sb3_dppo.demonstrations import Demonstrations, load_demonstrations
@@ -66,11 +66,10 @@ class BC:
         self.n_stack = self._check_demonstrations()
 
         first, chunks = demonstrations.chunks(model.policy.horizon)
-        self._set_normalization()
         self.observations = th.as_tensor(
             demonstrations.stacked_observations(first, self.n_stack), dtype=th.float, device=model.device
         )
-        self.actions = model.policy.normalize_actions(th.as_tensor(chunks, dtype=th.float, device=model.device))
+        self.chunks = th.as_tensor(chunks, dtype=th.float, device=model.device)
 
     def _check_demonstrations(self) -> int:
         """
@@ -82,10 +81,14 @@ class BC:
             raise ValueError(f"demonstrations are of vectors, but the model's observation space is {model.observation_space}.")
         *leading, width = demonstrations.observations.shape[1:]
         *model_leading, model_width = model.observation_space.shape
-        if leading != model_leading or model_width % width != 0:
+        n_stack, env = model_width // width, model.get_env()
+        if env is not None:
+            stacked = unwrap_vec_wrapper(env, VecFrameStack)
+            n_stack = 1 if stacked is None else stacked.stacked_obs.n_stack  # type: ignore[attr-defined]
+        if leading != model_leading or n_stack * width != model_width:
             raise ValueError(
                 f"demonstrations have observations of shape {demonstrations.observations.shape[1:]}, but the model's env has "
-                f"{model.observation_space.shape} (or, stacked, a multiple): they are of another env."
+                f"{model.observation_space.shape}, {n_stack} frame(s): they are of another env."
             )
         if demonstrations.actions.shape[1] != model.policy.action_dim:
             raise ValueError(
@@ -101,7 +104,7 @@ class BC:
                 f"{outside.argmax()}: they are of another env, or normalised (see load_demonstrations' normalization)."
             )
         self._check_env_id()
-        return model_width // width
+        return n_stack
 
     def _check_env_id(self) -> None:
         env_id, env = self.demonstrations.env_id, self.model.get_env()
@@ -146,7 +149,9 @@ class BC:
 
         if n_epochs < 1:
             raise ValueError(f"n_epochs={n_epochs} must be at least 1.")
-        policy, n_chunks = self.model.policy, len(self.actions)
+        self._set_normalization()
+        policy, n_chunks = self.model.policy, len(self.chunks)
+        chunks = policy.normalize_actions(self.chunks)
         n_batches = max(1, round(n_chunks / self.batch_size))
         parameters = list(policy.optimizer.param_groups[0]["params"])
         optimizer = th.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
@@ -158,7 +163,7 @@ class BC:
             for epoch in tqdm(range(1, n_epochs + 1), desc="BC", unit="epoch", disable=not progress_bar):
                 losses = []
                 for step, index in enumerate(th.randperm(n_chunks, device=self.model.device).tensor_split(n_batches)):
-                    loss = policy.bc_loss(self.observations[index], self.actions[index])
+                    loss = policy.bc_loss(self.observations[index], chunks[index])
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -179,6 +184,7 @@ class BC:
             policy.make_optimizers(self.model.lr_schedule(1))
             policy.set_training_mode(False)
             self.model.pretrained_on_demonstrations = True
+            self.model.n_rollouts = 0
         return self.model
 
     def _evaluate(self, ema: Any, parameters: list[th.nn.Parameter], logger: Logger) -> None:
@@ -244,10 +250,13 @@ def main() -> None:
         f"{len(demonstrations)} transitions, {demonstrations.n_episodes} episodes"
         + ("" if returns is None else f", return {returns.mean():.0f} ± {returns.std():.0f}")
     )
+    policy_kwargs = dict(PAPER_POLICY_KWARGS)
+    if args.policy != "DiffusionMlpPolicy":
+        del policy_kwargs["net_arch"]  # widths of an MLP
     model = DPPO(
         args.policy,
         args.env,
-        policy_kwargs={**PAPER_POLICY_KWARGS, **_parse(args.policy_kwargs)},
+        policy_kwargs={**policy_kwargs, **_parse(args.policy_kwargs)},
         verbose=1,
         seed=args.seed,
         device=args.device,
@@ -281,7 +290,7 @@ def _parse(items: list[str]) -> dict[str, Any]:
         try:
             parsed[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            parsed[key] = value
+            parsed[key] = getattr(th.nn, value) if key.endswith("activation_fn") else value
     return parsed
 
 

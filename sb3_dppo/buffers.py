@@ -176,6 +176,7 @@ class DenoisingRolloutBuffer(BaseBuffer):
     old_values: th.Tensor
     advantages: th.Tensor
     returns: th.Tensor
+    executed: th.Tensor
     env_index: np.ndarray
     rewards: np.ndarray
     n_executed: np.ndarray
@@ -284,6 +285,7 @@ class DenoisingRolloutBuffer(BaseBuffer):
             next_values[envs] = values[rows]
             next_advantages[envs] = advantages[rows]
         self.advantages = self.to_torch(advantages.astype(np.float32))
+        self.executed = self.to_torch(self.n_executed[: self.pos])
         self.returns = self.advantages + self.old_values[: self.pos]
 
     # ------------------------------------------------------------------ minibatches
@@ -321,20 +323,19 @@ class DenoisingRolloutBuffer(BaseBuffer):
         """
         decision_index = batch_inds // self.ft_denoising_steps
         denoising_index = batch_inds % self.ft_denoising_steps
-        n_executed = self.to_torch(self.n_executed[: self.pos])
         old_log_probs = self.log_probs[decision_index, denoising_index]
         return DenoisingRolloutBufferSamples(
             observations=self.observations[: self.pos],
             returns=self.returns,
             old_values=self.old_values[: self.pos],
             advantages=self.advantages,
-            n_executed=n_executed,
+            n_executed=self.executed,
             decision_index=decision_index,
             denoising_index=denoising_index,
             chain_prev=self.chains[decision_index, denoising_index],
             chain_next=self.chains[decision_index, denoising_index + 1],
             # Clamped and averaged over action dimensions already, over executed actions only here.
-            old_log_prob=mean_log_prob(old_log_probs[..., None], n_executed[decision_index]),
+            old_log_prob=mean_log_prob(old_log_probs[..., None], self.executed[decision_index]),
             value_index=value_index,
         )
 

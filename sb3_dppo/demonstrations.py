@@ -130,9 +130,11 @@ def load_demonstrations(source: "str | Path | MinariDataset", normalization: str
     :return: The demonstrations, in the units of the env.
     :raises ValueError: for a source that can't be found or whose content does not fit together.
     """
+    bundled = BUNDLED / f"{source}.npz"
+    if normalization is not None and (not isinstance(source, (str, Path)) or Path(source).suffix != ".npz"):
+        raise ValueError(f"normalization={str(normalization)!r} is for normalised .npz files, not for source={source!r}.")
     if not isinstance(source, (str, Path)):
         return _from_minari(source)
-    bundled = BUNDLED / f"{source}.npz"
     if bundled.is_file():
         return _from_npz(bundled, None)
     if Path(source).suffix == ".npz":
@@ -153,16 +155,24 @@ def _from_npz(path: Path, normalization: str | Path | None) -> Demonstrations:
             normalization = path.parent / "normalization.npz"
     if normalization is not None:
         ranges = _read_npz(Path(normalization), ("obs_min", "obs_max", "action_min", "action_max"))
+        for name, values in (("obs", states), ("action", actions)):
+            if ranges[f"{name}_min"].size != values[0].size or ranges[f"{name}_max"].size != values[0].size:
+                raise ValueError(
+                    f"{normalization} has {ranges[f'{name}_min'].size} {name} ranges, but {path} has {values[0].size}."
+                )
         states = (states + 1) / 2 * (ranges["obs_max"] - ranges["obs_min"] + 1e-6) + ranges["obs_min"]
         actions = (actions + 1) / 2 * (ranges["action_max"] - ranges["action_min"] + 1e-6) + ranges["action_min"]
-    meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
+    try:
+        env_id = json.loads(str(arrays["meta"])).get("env_id") if "meta" in arrays else None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f'{path}: meta must be a JSON object, such as {{"env_id": "Hopper-v5"}}.') from error
     return Demonstrations(
         observations=states.astype(np.float32),
         actions=actions.astype(np.float32),
         traj_lengths=np.asarray(arrays["traj_lengths"]),
         rewards=arrays.get("rewards"),
         terminals=arrays.get("terminals"),
-        env_id=meta.get("env_id"),
+        env_id=env_id,
     )
 
 

@@ -148,6 +148,9 @@ class MlpDenoiser(Denoiser):
         super().__init__()
         from diffusers.models.embeddings import get_timestep_embedding
 
+        if time_dim < 4 or time_dim % 2 != 0:
+            raise ValueError(f"time_dim={time_dim} must be even and at least 4.")
+
         sinusoids = get_timestep_embedding(th.arange(denoising_steps), time_dim, downscale_freq_shift=1)
         self.register_buffer("sinusoids", sinusoids, persistent=False)
         self.time_mlp = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Mish(), nn.Linear(2 * time_dim, time_dim))

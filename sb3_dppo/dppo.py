@@ -69,7 +69,7 @@ class DPPO(OnPolicyAlgorithm):
         Log-probabilities are averaged over action dimensions, so ratios stay closer to 1 than in PPO; a clip fraction of
         0.1 to 0.2 is worth aiming at.
     :param clip_range_base: Clipping parameter at the noisiest fine-tuned step; ``None`` means ``clip_range`` at every step
-    :param clip_range_rate: How sharply the clipping parameter grows between them, exponentially
+    :param clip_range_rate: How sharply the clipping parameter grows between them, exponentially; 0 is linear
     :param clip_range_vf: Clipping parameter for the value function, or ``None``. It depends on the reward scaling.
     :param normalize_advantage: Whether to normalise the advantage over each minibatch
     :param advantage_quantiles: Clamp advantages between these two quantiles of the minibatch
@@ -79,7 +79,7 @@ class DPPO(OnPolicyAlgorithm):
     :param max_grad_norm: The maximum value for the gradient clipping, of actor and critic separately, or ``None``
     :param target_kl: Stop the epochs of an update, before the step, when the approximate KL divergence exceeds this. It is a
         mean per action dimension, 1e-5 to 1e-3 in good runs: the usual 0.01 to 0.03 of PPO never stops anything here.
-    :param critic_warmup: Rollouts on which only the critic is trained, after loading a pre-trained policy
+    :param critic_warmup: First rollouts of the model, or after behaviour cloning, on which only the critic is trained
     :param scale_rewards: Whether to divide the decisions' rewards by the running std of their discounted return
     :param shuffle: "pairs" draws minibatches from all pairs, "decisions" keeps the pairs of a decision together
     :param act_steps: Ta, the actions of a chunk that are executed before planning again. ``None`` means the policy's
@@ -228,8 +228,8 @@ class DPPO(OnPolicyAlgorithm):
         if _init_setup_model:
             self._setup_model()
             self._check_training_arguments()
-        if params is not None:
-            self.policy.load_state_dict(params)
+            if params is not None:
+                self.policy.load_state_dict(params)
 
     # ------------------------------------------------------------------ setup
 
@@ -243,11 +243,15 @@ class DPPO(OnPolicyAlgorithm):
         self._clip_range_vf = None if self.clip_range_vf is None else make_schedule("clip_range_vf", self.clip_range_vf)
         self._min_sampling_std = make_schedule("min_sampling_std", self.min_sampling_std)
         self.set_random_seed(self.seed)
+        for name in {*SAMPLER_ARGUMENTS, "min_sampling_std"} & set(self.policy_kwargs):
+            raise ValueError(
+                f"policy_kwargs[{name!r}]: {name} is an argument of DPPO itself: pass {name}={self.policy_kwargs[name]!r}."
+            )
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space,
             self.action_space,
             self.lr_schedule,
-            min_sampling_std=self._min_sampling_std(self._current_progress_remaining),
+            min_sampling_std=max(0.0, self._min_sampling_std(self._current_progress_remaining)),
             **{name: getattr(self, name) for name in SAMPLER_ARGUMENTS},
             **self.policy_kwargs,
         ).to(self.device)
@@ -277,7 +281,7 @@ class DPPO(OnPolicyAlgorithm):
         data, params, _ = load_from_zip_file(path, device=self.device)
         if not data or "policy_class" not in data:
             raise ValueError(f"pretrained={path!r} is not a saved DPPO model.")
-        if data["policy_class"] is not self.policy_class:
+        if data["policy_class"].__name__ != self.policy_class.__name__:
             raise ValueError(
                 f"pretrained={path!r} holds a {data['policy_class'].__name__}, not a {self.policy_class.__name__}: "
                 f"pass policy={data['policy_class'].__name__!r}."
@@ -292,6 +296,7 @@ class DPPO(OnPolicyAlgorithm):
                     stacklevel=3,
                 )
         self.policy_kwargs = data["policy_kwargs"]
+        self.pretrained_on_demonstrations = data.get("pretrained_on_demonstrations", False)
         return params["policy"]  # type: ignore[return-value]
 
     def _check_training_arguments(self) -> None:
@@ -308,8 +313,11 @@ class DPPO(OnPolicyAlgorithm):
             )
         if self.shuffle not in ("pairs", "decisions"):
             raise ValueError(f"shuffle={self.shuffle!r} is unknown: choose 'pairs' or 'decisions'.")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
+        for name in ("batch_size", "n_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not 0 < self.gamma_denoising <= 1:
+            raise ValueError(f"gamma_denoising={self.gamma_denoising} must be above 0 and at most 1.")
         low, high = self.advantage_quantiles
         if not 0 <= low < high <= 1:
             raise ValueError(f"advantage_quantiles={self.advantage_quantiles} must be two numbers with 0 <= low < high <= 1.")
@@ -325,6 +333,14 @@ class DPPO(OnPolicyAlgorithm):
                 f"batch_size={self.batch_size} is more than the {n_pairs} pairs of a rollout (n_envs={self.n_envs} × "
                 f"n_steps={self.n_steps} / act_steps={act_steps} × ft_denoising_steps={self.policy.ft_denoising_steps}): "
                 "each epoch is one minibatch.",
+                stacklevel=3,
+            )
+        n_base_steps = self.policy.first_ft_position
+        if n_base_steps > 0 and not self.pretrained_on_demonstrations:
+            warnings.warn(
+                f"ft_denoising_steps={self.policy.ft_denoising_steps}: the first {n_base_steps} denoising steps run the base "
+                "denoiser, which was never trained on demonstrations and is not trained now. Pre-train it (BC), or leave "
+                "ft_denoising_steps=None.",
                 stacklevel=3,
             )
         if self._vec_normalize_env is not None:
@@ -373,6 +389,8 @@ class DPPO(OnPolicyAlgorithm):
         :param progress_bar: Display a progress bar using tqdm and rich
         :return: The trained model
         """
+        if self.env is None:
+            raise ValueError("The model has no env to learn in: pass env to DPPO.load(path, env=env), or call set_env(env).")
         self._check_training_arguments()
         self._warn_about_training_arguments()
         return super().learn(
@@ -440,6 +458,8 @@ class DPPO(OnPolicyAlgorithm):
             # Give access to local variables
             callback.update_locals(locals())
             if not callback.on_step():
+                assert self.reward_scaler is not None
+                self.reward_scaler.forget_episodes(env.num_envs)  # These decisions are dropped.
                 return False
 
             self._update_info_buffer(infos, dones)
@@ -586,8 +606,12 @@ class DPPO(OnPolicyAlgorithm):
         if n_steps == 1 or self.clip_range_base is None:
             return th.full((n_steps,), clip_range, device=self.device)
         progress = th.arange(n_steps, device=self.device) / (n_steps - 1)
-        growth = th.expm1(self.clip_range_rate * progress) / math.expm1(self.clip_range_rate)
-        return self.clip_range_base + (clip_range - self.clip_range_base) * growth
+        growth = progress
+        if self.clip_range_rate != 0:
+            growth = th.expm1(self.clip_range_rate * progress) / math.expm1(self.clip_range_rate)
+        # A schedule may have brought the one below the other.
+        base = min(self.clip_range_base, clip_range)
+        return base + (clip_range - base) * growth
 
     def _value_loss(self, samples: DenoisingRolloutBufferSamples) -> th.Tensor:
         """
@@ -726,7 +750,8 @@ class DPPO(OnPolicyAlgorithm):
         :return: The loaded model
         :raises TypeError: for an argument that the constructor does not have
         """
-        known = set(inspect.signature(cls.__init__).parameters) - {"self", "policy", "env", "pretrained", "_init_setup_model"}
+        known = set(inspect.signature(DPPO.__init__).parameters) | set(inspect.signature(cls.__init__).parameters)
+        known -= {"self", "policy", "env", "pretrained", "_init_setup_model"}
         for name in kwargs:
             if name not in known:
                 similar = difflib.get_close_matches(name, known, n=1)
@@ -743,6 +768,8 @@ def make_schedule(name: str, value: float | str | Schedule) -> FloatSchedule:
     :return: A function of the progress remaining, from 1 to 0.
     :raises ValueError: for another string.
     """
+    if not isinstance(value, (str, int, float)) and not callable(value):
+        raise ValueError(f"{name}={value!r} is not a schedule: use a number, 'lin_NUMBER' or a function.")
     if not isinstance(value, str):
         return FloatSchedule(value)
     try:

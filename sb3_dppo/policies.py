@@ -60,7 +60,8 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
     :param clip_sample_range: Clamp of the predicted clean chunk to ± this value, or ``None``.
     :param clip_noise_pred: DDIM only: clamp of the noise that follows from it, or ``None``.
     :param clip_final_action: Clamp of the final sample, or ``None``.
-    :param residual: Use residual blocks in the denoiser, so that ``pi`` must be an odd number of equal widths.
+    :param residual: (With ``layer_norm``, ``obs_encoder_arch`` and ``time_dim`` not for ``DiffusionUnetPolicy``'s denoiser.)
+        Use residual blocks in the denoiser, so that ``pi`` must be an odd number of equal widths.
     :param critic_residual: The same for the critic; ``None`` means as ``residual``.
     :param layer_norm: Normalise the hidden layers of the denoiser.
     :param critic_layer_norm: Normalise the hidden layers of the critic.
@@ -72,7 +73,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
     :param features_extractor_kwargs: Keyword arguments for it.
     :param normalize_images: Whether to divide images by 255.
     :param optimizer_class: Optimiser of the actor and of the critic.
-    :param optimizer_kwargs: Keyword arguments for it, except the learning rate. ``None`` means no weight decay.
+    :param optimizer_kwargs: Keyword arguments for it, except the learning rate. AdamW has no weight decay unless named here.
     :param act_steps: Ta, the actions of a chunk that are executed before planning again. ``None`` means ``horizon``.
     :param scheduler: "ddpm", "ddim" or a diffusers scheduler of one of these classes.
     :param inference_steps: S, the denoising steps that are run. ``None`` means K.
@@ -174,6 +175,10 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
             )
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} must be between 0 and 1.")
+        if noise_clip is None or noise_clip <= 0:
+            raise ValueError(f"noise_clip={noise_clip} must be positive: use a large number for no clamp.")
+        if net_arch is not None and not isinstance(net_arch, dict):
+            raise ValueError(f"net_arch={net_arch} must be a dictionary: dict(pi={net_arch}, vf={net_arch}).")
         if min_sampling_std < 0:
             raise ValueError(f"min_sampling_std={min_sampling_std} must not be negative.")
         if min_logprob_std <= 0:
@@ -197,7 +202,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
             share_features_extractor=False,
             normalize_images=normalize_images,
             optimizer_class=optimizer_class,
-            optimizer_kwargs=self._default_optimizer_kwargs(optimizer_class) if optimizer_kwargs is None else optimizer_kwargs,
+            optimizer_kwargs=self._default_optimizer_kwargs(optimizer_class) | (optimizer_kwargs or {}),
         )
 
     @staticmethod
@@ -687,7 +692,13 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
             f"env has the action space {action_space}, but diffusion policies are for continuous actions "
             "(a gymnasium.spaces.Box): use another algorithm, such as PPO, for discrete ones."
         )
-    if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
+    if action_space.dtype is None or action_space.dtype.kind != "f":
+        raise ValueError(
+            f"env has the action space {action_space}, but diffusion policies need one of floating-point numbers."
+        )
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(action_space.high.astype(np.float32) - action_space.low.astype(np.float32)).all()
+    if not finite:
         raise ValueError(
             f"env has the action space {action_space} with infinite bounds, but chunks are scaled to the bounds: "
             "wrap the env in gymnasium.wrappers.RescaleAction or set finite low and high."
@@ -697,6 +708,8 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
             f"env has the observation space {observation_space}, but these policies take a flat one: "
             "wrap the env in gymnasium.wrappers.FlattenObservation."
         )
+    if isinstance(observation_space, spaces.Discrete) and observation_space.start != 0:
+        raise ValueError(f"env has the observation space {observation_space}, but it must start at 0: shift it in a wrapper.")
     if is_image_space(observation_space):
         raise ValueError(
             f"env has the image observation space {observation_space}, but these policies are for state observations: "

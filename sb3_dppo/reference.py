@@ -1,6 +1,7 @@
 """Import of checkpoints of the reference implementation (the code of Ren et al. 2024) as models of this package."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,20 @@ def import_reference_checkpoint(
         kind = "a UNet's" if any("down_modules" in name for name in fine_tuned) else "not one of a diffusion MLP"
         raise ValueError(f"checkpoint is {kind}: only checkpoints with an MLP denoiser (mlp_mean) can be imported.")
 
+    if _select(tensors, "actor.") and _select(tensors, "actor_ft.") and dppo_kwargs.get("ft_denoising_steps") is None:
+        warnings.warn(
+            "The checkpoint is fine-tuned, but ft_denoising_steps is not given: its fine-tuned denoiser now runs every step, "
+            "also those that its frozen one ran. Pass the ft_denoising_steps that it was fine-tuned with.",
+            stacklevel=2,
+        )
     inferred = _infer_architecture(fine_tuned, critic)
+    given_net_arch = dict(policy_kwargs.get("net_arch") or {})
+    for part, widths in inferred["net_arch"].items():
+        if part in given_net_arch and list(given_net_arch[part]) != widths:
+            raise ValueError(f"policy_kwargs['net_arch'][{part!r}] contradicts the checkpoint, which has {widths}.")
+    inferred["net_arch"] = {**PAPER_POLICY_KWARGS["net_arch"], **given_net_arch, **inferred["net_arch"]}
     for name, value in inferred.items():
-        if name in policy_kwargs and policy_kwargs[name] != value:
+        if name != "net_arch" and name in policy_kwargs and policy_kwargs[name] != value:
             raise ValueError(f"policy_kwargs[{name!r}]={policy_kwargs[name]} contradicts the checkpoint, which has {value}.")
     policy_kwargs = {**PAPER_POLICY_KWARGS, **policy_kwargs, **inferred}
     model = _make_model(env_or_spaces, policy_kwargs, dict(min_sampling_std=0.1, min_logprob_std=0.1) | dppo_kwargs)

@@ -56,7 +56,7 @@ def test_ends_with_ema_in_both_denoisers_and_new_optimisers(tmp_path: Path) -> N
         assert th.equal(value, model.policy.base_denoiser.state_dict()[name])
     assert not model.policy.optimizer.state and not model.policy.critic_optimizer.state
     assert model.policy.optimizer.param_groups[0]["lr"] == model.lr_schedule(1)
-    assert model.pretrained_on_demonstrations
+    assert model.pretrained_on_demonstrations and model.n_rollouts == 0
     assert "bc/loss" in (tmp_path / "progress.csv").read_text()
     model.learn(32)
 
@@ -64,6 +64,8 @@ def test_ends_with_ema_in_both_denoisers_and_new_optimisers(tmp_path: Path) -> N
 def test_normalisation_is_that_of_the_demonstrations() -> None:
     model, demonstrations = make_model(), make_demonstrations()
     BC(model, demonstrations)
+    assert not model.policy.normalizes_observations
+    BC(model, demonstrations).train(1, progress_bar=False)
     features = model.policy.extract_features(th.as_tensor(demonstrations.observations))
     assert features[:, :-1].min() == pytest.approx(-1, abs=1e-5) and features[:, :-1].max() == pytest.approx(1, abs=1e-5)
     assert (features[:, -1] == 0).all()
@@ -117,6 +119,7 @@ def test_interruption_keeps_what_was_learned(monkeypatch: pytest.MonkeyPatch) ->
     "demonstrations,message",
     [
         (make_demonstrations(obs_dim=4), r"shape \(4,\), but the model's env has \(3,\)"),
+        (make_demonstrations(obs_dim=1), r"shape \(1,\), but the model's env has \(3,\), 1 frame"),
         (make_demonstrations(act_dim=2), "actions of size 2, but the model's env has 1"),
         (Demonstrations(np.zeros((9, 3)), np.full((9, 1), 5.0), np.array([9])), "outside the bounds"),
         (Demonstrations(np.zeros((9, 3)), np.zeros((9, 1)), np.array([9]), env_id="Hopper-v5"), "of Hopper-v5.*Pendulum-v1"),
@@ -130,7 +133,8 @@ def test_errors_before_training(demonstrations: Demonstrations, message: str) ->
 
 def test_warnings() -> None:
     with pytest.warns(UserWarning, match="VecNormalize"):
-        BC(make_model(VecNormalize(make_vec_env("Pendulum-v1", 1), norm_reward=False)), make_demonstrations())
+        model = make_model(VecNormalize(make_vec_env("Pendulum-v1", 1), norm_reward=False))
+        BC(model, make_demonstrations()).train(1, progress_bar=False)
     other = Demonstrations(np.zeros((9, 3)), np.zeros((9, 1)), np.array([9]), env_id="Pendulum-v0")
     with pytest.warns(UserWarning, match="another version"):
         BC(make_model(), other)

@@ -147,6 +147,18 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         load_demonstrations(3)  # type: ignore[arg-type]
 
 
+def test_normalization_where_it_does_not_belong(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is for normalised .npz files"):
+        load_demonstrations("hopper-medium", normalization="n.npz")
+    np.savez(tmp_path / "d.npz", **arrays())
+    np.savez(tmp_path / "n.npz", obs_min=np.zeros(4), obs_max=np.ones(4), action_min=np.zeros(2), action_max=np.ones(2))
+    with pytest.raises(ValueError, match="4 obs ranges"):
+        load_demonstrations(tmp_path / "d.npz", normalization=tmp_path / "n.npz")
+    np.savez(tmp_path / "d.npz", **arrays(meta=np.array("[]")))
+    with pytest.raises(ValueError, match="meta must be a JSON object"):
+        load_demonstrations(tmp_path / "d.npz")
+
+
 def test_demonstrations_are_checked_when_made_by_hand() -> None:
     with pytest.raises(ValueError, match="adds up to 3"):
         Demonstrations(np.zeros((4, 2)), np.zeros((4, 1)), np.array([3]))

@@ -188,6 +188,11 @@ def test_clip_range_grows_from_base() -> None:
     i = np.arange(4) / 3
     expected = 0.01 + 0.09 * (np.exp(3 * i) - 1) / (np.exp(3) - 1)
     np.testing.assert_allclose(model._clip_ranges().numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        make_model(clip_range=0.1, clip_range_base=0.01, clip_range_rate=0)._clip_ranges(), [0.01, 0.04, 0.07, 0.1], rtol=1e-5
+    )
+    below = make_model(clip_range=0.005, clip_range_base=0.01)
+    assert below._clip_ranges().tolist() == pytest.approx([0.005] * 4)
     assert make_model(clip_range=0.1)._clip_ranges().tolist() == pytest.approx([0.1] * 4)
 
 
@@ -292,6 +297,13 @@ def test_vec_normalize_warnings() -> None:
         (dict(scheduler="ddim", inference_steps=3), "inference_steps=3 must divide"),
         (dict(shuffle="rows"), "shuffle='rows'"),
         (dict(batch_size=0), "batch_size=0"),
+        (dict(n_epochs=0), "n_epochs=0"),
+        (dict(gamma_denoising=0.0), "gamma_denoising=0.0"),
+        (dict(noise_clip=None), "noise_clip=None"),
+        (dict(critic_learning_rate=None), "critic_learning_rate=None is not a schedule"),
+        (dict(policy_kwargs=dict(act_steps=2)), r"policy_kwargs\['act_steps'\].*argument of DPPO"),
+        (dict(policy_kwargs=dict(net_arch=[16])), r"net_arch=\[16\] must be a dictionary"),
+        (dict(policy_kwargs=dict(time_dim=3)), "time_dim=3 must be even"),
         (dict(advantage_quantiles=(0.9, 0.1)), "advantage_quantiles"),
         (dict(critic_learning_rate="linear"), "critic_learning_rate='linear' is not a schedule"),
         (dict(min_sampling_std="lin_x"), "min_sampling_std='lin_x' is not a schedule"),
@@ -306,6 +318,16 @@ def test_large_batch_warns_and_means_one() -> None:
     with pytest.warns(UserWarning, match="batch_size=1000 is more than the 16 pairs.*one minibatch"):
         model = make_model(batch_size=1000).learn(16)
     assert len(list(model.rollout_buffer.get(1000))) == 1
+
+
+def test_untrained_base_denoiser_warns() -> None:
+    with pytest.warns(UserWarning, match="ft_denoising_steps=2: the first 2 denoising steps.*never trained"):
+        make_model(ft_denoising_steps=2).learn(16)
+
+
+def test_weight_decay_stays_off() -> None:
+    model = make_model(policy_kwargs=dict(SMALL, optimizer_kwargs=dict(betas=(0.9, 0.99))))
+    assert model.policy.optimizer.param_groups[0]["weight_decay"] == 0
 
 
 def test_other_policies_are_refused() -> None:

@@ -312,6 +312,9 @@ def test_unet_errors() -> None:
     [
         (BOX, spaces.Discrete(3), "Discrete.*continuous actions.*PPO"),
         (BOX, spaces.Box(-np.inf, np.inf, (2,)), "infinite bounds.*RescaleAction"),
+        (BOX, spaces.Box(-3e38, 3e38, (2,)), "infinite bounds"),
+        (BOX, spaces.Box(-3, 3, (2,), np.int32), "floating-point"),
+        (spaces.Discrete(4, start=1), spaces.Box(-1, 1, (2,)), "start at 0"),
         (spaces.Dict(a=BOX), spaces.Box(-1, 1, (2,)), "FlattenObservation"),
         (spaces.Box(0, 255, (36, 36, 3), np.uint8), spaces.Box(-1, 1, (2,)), "image"),
     ],

@@ -21,7 +21,9 @@ def weights() -> dict[str, Any]:
 
 
 def test_import_then_train_save_and_load(tmp_path: Path) -> None:
-    model = import_reference_checkpoint(weights(), "Hopper-v5", policy_kwargs={}, n_steps=16, batch_size=32, act_steps=4)
+    model = import_reference_checkpoint(
+        weights(), "Hopper-v5", policy_kwargs={}, n_steps=16, batch_size=32, act_steps=4, ft_denoising_steps=10
+    )
     model.learn(16)
     model.save(tmp_path / "model")
     loaded = DPPO.load(tmp_path / "model")
@@ -29,6 +31,17 @@ def test_import_then_train_save_and_load(tmp_path: Path) -> None:
     assert loaded.pretrained_on_demonstrations
     obs = np.zeros((2, 11))
     assert (loaded.predict(obs, deterministic=True)[0] == model.predict(obs, deterministic=True)[0]).all()
+
+
+def test_fine_tuned_checkpoint_needs_its_fine_tuned_steps() -> None:
+    with pytest.warns(UserWarning, match="Pass the ft_denoising_steps"):
+        import_reference_checkpoint(weights(), SPACES, policy_kwargs={})
+
+
+def test_width_of_the_critic_may_be_chosen_where_there_is_none() -> None:
+    network = {name.replace("actor.", "network."): value for name, value in weights().items() if name.startswith("actor.")}
+    model = import_reference_checkpoint({"ema": network}, SPACES, policy_kwargs=dict(net_arch=dict(vf=[32])))
+    assert model.policy.critic[0].out_features == 32
 
 
 def test_errors(tmp_path: Path) -> None:

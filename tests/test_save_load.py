@@ -198,6 +198,7 @@ def test_pretrained_argument(tmp_path: Path) -> None:
         "DiffusionMlpPolicy", "Pendulum-v1", pretrained=str(tmp_path / "bc.zip"), n_steps=16, batch_size=32, act_steps=2
     )
     assert states_equal(fresh.policy.state_dict(), model.policy.state_dict())
+    assert fresh.pretrained_on_demonstrations
     assert fresh.policy.act_steps == 2 and fresh.policy.horizon == 4
     fresh.learn(32)
     with pytest.warns(UserWarning, match=r"policy_kwargs\['horizon'\]=8 is ignored"):
@@ -217,6 +218,14 @@ def test_load_errors(tmp_path: Path) -> None:
         DPPO.load(tmp_path / "model", ft_denoising_step=2)
     with pytest.raises(TypeError, match="'xyz'"):
         DPPO.load(tmp_path / "model", xyz=2)
+    with pytest.raises(ValueError, match="no env to learn in"):
+        DPPO.load(tmp_path / "model").learn(8)
+
+    class Subclass(DPPO):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    assert Subclass.load(tmp_path / "model", n_steps=8).n_steps == 8
     with pytest.raises(ValueError, match="ft_denoising_steps=5"):
         DPPO.load(tmp_path / "model", ft_denoising_steps=5)
     loaded = DPPO.load(tmp_path / "model", env=make_vec_env("Pendulum-v1", 1), n_steps=10)
