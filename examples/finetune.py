@@ -51,7 +51,9 @@ def main() -> None:
     before, before_std = evaluate_policy(model, eval_env, n_eval_episodes=50)
     print(f"After behaviour cloning: {before:.0f} ± {before_std:.0f} over 50 episodes")
 
-    evaluation = EvalCallback(eval_env, n_eval_episodes=20, eval_freq=2500, log_path="finetune_evaluations", verbose=0)
+    evaluation = EvalCallback(
+        eval_env, n_eval_episodes=20, eval_freq=max(1, args.timesteps // 80), log_path="finetune_evaluations", verbose=0
+    )
     model.learn(args.timesteps, callback=evaluation, progress_bar=True)
     after, after_std = evaluate_policy(model, eval_env, n_eval_episodes=50)
     print(f"After fine-tuning:       {after:.0f} ± {after_std:.0f} over 50 episodes")
