@@ -666,7 +666,7 @@ class DiffusionUnetPolicy(DiffusionActorCriticPolicy):
 @contextmanager
 def threads_for(batch_size: int) -> Iterator[None]:
     """
-    Denoise small batches on one CPU thread: a network call takes less time than waking up others, and they stall where env processes want their cores.
+    Denoise small batches on one CPU thread: another gains little, and stalls where processes of envs want its core.
 
     :param batch_size: Number of decisions.
     """
