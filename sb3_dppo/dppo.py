@@ -619,6 +619,8 @@ class DPPO(OnPolicyAlgorithm):
         :return: Half the mean squared error of the critic, a scalar.
         """
         index = samples.value_index
+        if len(index) == 0:  # more minibatches than decisions
+            return th.zeros((), device=self.device)
         values, returns = self.policy.predict_values(samples.observations[index]).flatten(), samples.returns[index]
         squared_error = (values - returns) ** 2
         if self._clip_range_vf is not None:

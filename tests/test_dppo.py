@@ -183,6 +183,13 @@ def test_one_pair_is_not_normalised_and_one_step_has_a_clip_range() -> None:
     assert model._clip_ranges().tolist() == pytest.approx([0.2])
 
 
+def test_more_minibatches_than_decisions() -> None:
+    model = make_model(batch_size=1).learn(16)
+    assert model._n_updates == 2 * 16
+    assert all(value.isfinite().all() for value in model.policy.state_dict().values())
+    assert all(np.isfinite(value) for name, value in model.logger.name_to_value.items() if name.startswith("train/"))
+
+
 def test_clip_range_grows_from_base() -> None:
     model = make_model(clip_range=0.1, clip_range_base=0.01, clip_range_rate=3.0)
     i = np.arange(4) / 3
