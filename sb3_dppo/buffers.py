@@ -64,15 +64,15 @@ class RewardScaler:
     """
     Divides rewards of decisions by the running std of the discounted return over decisions.
 
-    :param n_envs: Number of envs.
+    :param n_envs: Number of envs; more may come with :meth:`forget_episodes`.
     """
 
     epsilon = 1e-8
     clip = 10.0
 
-    def __init__(self, n_envs: int) -> None:
+    def __init__(self, n_envs: int = 0) -> None:
         self.statistics = RunningMeanStd(shape=())
-        self.returns = np.zeros(n_envs)
+        self.forget_episodes(n_envs)
 
     def forget_episodes(self, n_envs: int) -> None:
         """

@@ -145,7 +145,9 @@ def load_demonstrations(source: "str | Path | MinariDataset", normalization: str
 
 
 def _from_npz(path: Path, normalization: str | Path | None) -> Demonstrations:
-    arrays = _read_npz(path, ("states", "actions", "traj_lengths"))
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist. Bundled demonstrations: {bundled_demonstrations()}.")
+    arrays = read_npz(path, ("states", "actions", "traj_lengths"))
     for name in ("states", "actions"):
         if arrays[name].dtype.kind not in "fiu":
             raise ValueError(f"{path}: {name} must be numbers, not {arrays[name].dtype}.")
@@ -154,7 +156,7 @@ def _from_npz(path: Path, normalization: str | Path | None) -> Demonstrations:
         if np.abs(states).max() <= 1 + 1e-4 and np.abs(actions).max() <= 1 + 1e-4:
             normalization = path.parent / "normalization.npz"
     if normalization is not None:
-        ranges = _read_npz(Path(normalization), ("obs_min", "obs_max", "action_min", "action_max"))
+        ranges = read_npz(Path(normalization), ("obs_min", "obs_max", "action_min", "action_max"))
         for name, values in (("obs", states), ("action", actions)):
             if ranges[f"{name}_min"].size != values[0].size or ranges[f"{name}_max"].size != values[0].size:
                 raise ValueError(
@@ -176,14 +178,12 @@ def _from_npz(path: Path, normalization: str | Path | None) -> Demonstrations:
     )
 
 
-def _read_npz(path: Path, required: tuple[str, ...]) -> dict[str, np.ndarray]:
+def read_npz(path: Path, required: tuple[str, ...]) -> dict[str, np.ndarray]:
     """
     :param path: Path of an .npz file.
     :param required: Keys that it must have.
     :return: Its arrays, read once.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist. Bundled demonstrations: {bundled_demonstrations()}.")
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive)

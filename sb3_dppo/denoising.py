@@ -197,6 +197,14 @@ class DenoisingProcess(nn.Module):
         direction = max(direction, 0.0) ** 0.5 if isinstance(direction, float) else direction.clamp(min=0).sqrt()
         return c.mean_from_x0 * x0 + direction * noise, sigma
 
+    def sigmas(self, eta: float) -> th.Tensor:
+        """
+        :param eta: DDIM's η. DDPM has none.
+        :return: The std at every position (no floor applied), shape (S,).
+        """
+        sigma = self.table[:, -1]
+        return eta * sigma if self.is_ddim else sigma
+
     def clip_final(self, sample: th.Tensor) -> th.Tensor:
         """
         :param sample: The last iterate.

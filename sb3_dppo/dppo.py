@@ -222,7 +222,7 @@ class DPPO(OnPolicyAlgorithm):
         self.n_rollouts = 0
         # RL Zoo's plug-in reads it in saved files, to choose hyperparameters.
         self.pretrained_on_demonstrations = False
-        self.reward_scaler: RewardScaler | None = None
+        self.reward_scaler = RewardScaler()
 
         params = None if pretrained is None else self._read_pretrained(pretrained)
         if _init_setup_model:
@@ -409,8 +409,6 @@ class DPPO(OnPolicyAlgorithm):
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         total_timesteps, callback = super()._setup_learn(*args, **kwargs)
         assert self._last_episode_starts is not None
-        if self.reward_scaler is None:
-            self.reward_scaler = RewardScaler(self.n_envs)
         if self._last_episode_starts.all():
             self.reward_scaler.forget_episodes(self.n_envs)
         return total_timesteps, callback
@@ -458,7 +456,6 @@ class DPPO(OnPolicyAlgorithm):
             # Give access to local variables
             callback.update_locals(locals())
             if not callback.on_step():
-                assert self.reward_scaler is not None
                 self.reward_scaler.forget_episodes(env.num_envs)  # These decisions are dropped.
                 return False
 
@@ -471,7 +468,6 @@ class DPPO(OnPolicyAlgorithm):
         with th.no_grad():
             last_values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
         if self.scale_rewards:
-            assert self.reward_scaler is not None
             rollout_buffer.scale_rewards(self.reward_scaler)
         rollout_buffer.compute_returns_and_advantage(last_values)
 

@@ -1,6 +1,7 @@
 """Diffusion actor-critic policies: networks, normalisation, sampling with log-probabilities, and acting in chunks."""
 
 import zlib
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -214,8 +215,11 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         # AdamW's own weight decay of 0.01 would pull a fine-tuned policy away from its pre-trained weights.
         return dict(weight_decay=0.0, fused=True) if optimizer_class is th.optim.AdamW else {}
 
+    @abstractmethod
     def _make_denoiser(self) -> Denoiser:
-        raise NotImplementedError
+        """
+        :return: The network of this kind of policy.
+        """
 
     # ------------------------------------------------------------------ construction
 
@@ -405,15 +409,16 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         for position, added_noise in enumerate(step_noise.unbind()):
             output = (base_predict if position < first_ft_position else ft_predict)(sample, position)
             mean, _ = process.transition(sample, output, position, eta)
-            # In log-probabilities η is always the one of exploration.
-            means.append(mean if eta == self.eta else process.transition(sample, output, position, self.eta)[0])
+            if position >= self.first_ft_position:
+                # In log-probabilities η is always the one of exploration.
+                means.append(mean if eta == self.eta else process.transition(sample, output, position, self.eta)[0])
             sample = mean + added_noise
             iterates.append(sample)
         iterates[-1] = process.clip_final(sample)
 
         chain = th.stack(iterates[self.first_ft_position :], dim=1)
         std = self._log_prob_std()[:, None, None]
-        log_prob = gaussian_log_prob(chain[:, 1:], th.stack(means[self.first_ft_position :], dim=1), std)
+        log_prob = gaussian_log_prob(chain[:, 1:], th.stack(means, dim=1), std)
         return DenoisingChain(iterates[-1], chain, log_prob)
 
     def _sampling_std(self, deterministic: bool, eta: float) -> th.Tensor:
@@ -422,7 +427,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         :param eta: DDIM's η.
         :return: The std of the noise that is added at each position, shape (S, 1, 1, 1).
         """
-        sigma = self.process.table[:, -1] * (eta if self.process.is_ddim else 1.0)
+        sigma = self.process.sigmas(eta)
         if not deterministic:
             std = sigma.clamp(min=self.min_sampling_std)
         elif self.process.is_ddim:
@@ -436,9 +441,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         """
         :return: The std of log-probabilities for each denoising index, shape (K',).
         """
-        sigma = self.process.table[self.first_ft_position :, -1]
-        eta = self.eta if self.process.is_ddim else 1.0
-        return (eta * sigma).clamp(min=self.min_logprob_std)
+        return self.process.sigmas(self.eta)[self.first_ft_position :].clamp(min=self.min_logprob_std)
 
     def pair_log_prob(
         self, condition: th.Tensor, chain_prev: th.Tensor, chain_next: th.Tensor, denoising_index: th.Tensor

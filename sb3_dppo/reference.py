@@ -209,13 +209,14 @@ def _set_normalization(model: DPPO, path: Path, has_critic: bool) -> None:
     :param path: The reference's file of ranges.
     :param has_critic: Whether the critic was imported too.
     """
+    # Here and not above, so that the package can be imported without it (see sb3_dppo/__init__.py).
+    from sb3_dppo.demonstrations import read_npz
+
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            ranges = {name: archive[name].flatten() for name in ("obs_min", "obs_max", "action_min", "action_max")}
-    except Exception as error:
-        raise ValueError(
-            f"normalization={str(path)!r} can't be read as .npz with obs_min, obs_max, action_min and action_max: {error}"
-        ) from error
+        arrays = read_npz(path, ("obs_min", "obs_max", "action_min", "action_max"))
+    except ValueError as error:
+        raise ValueError(f"normalization={str(path)!r}: {error}") from error
+    ranges = {name: array.flatten() for name, array in arrays.items()}
     policy, frame = model.policy, len(ranges["obs_min"])
     width = int(np.prod(model.observation_space.shape))  # type: ignore[arg-type]
     if width % frame != 0 or len(ranges["action_min"]) != policy.action_dim:
