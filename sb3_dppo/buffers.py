@@ -46,6 +46,22 @@ class DenoisingRolloutBufferSamples(NamedTuple):
     value_index: th.Tensor
     bc_noise: th.Tensor | None = None
 
+    def part(self, pairs: slice, values: slice) -> "DenoisingRolloutBufferSamples":
+        """
+        :param pairs: Which pairs.
+        :param values: Which of the critic's decisions.
+        :return: A part of the minibatch, without a copy.
+        """
+        return self._replace(
+            decision_index=self.decision_index[pairs],
+            denoising_index=self.denoising_index[pairs],
+            chain_prev=self.chain_prev[pairs],
+            chain_next=self.chain_next[pairs],
+            old_log_prob=self.old_log_prob[pairs],
+            value_index=self.value_index[values],
+            bc_noise=None if self.bc_noise is None else self.bc_noise[:, pairs],
+        )
+
 
 def mean_log_prob(log_prob: th.Tensor, n_executed: th.Tensor) -> th.Tensor:
     """
@@ -309,11 +325,10 @@ class DenoisingRolloutBuffer(BaseBuffer):
             group, n_batches = K, min(n_batches, D)
             decisions = th.randperm(D, device=self.device)
             pairs = (decisions[:, None] * K + th.arange(K, device=self.device)).flatten()
-        batches = _split(pairs, n_batches, group)
         # The critic goes once over the decisions, in as many slices as there are minibatches.
-        slices = _split(th.randperm(D, device=self.device), n_batches, 1)
-        for batch, value_index in zip(batches, slices, strict=True):
-            yield self._get_samples(batch, value_index)
+        decisions = th.randperm(D, device=self.device)
+        for batch, values in zip(equal_slices(D * K, n_batches, group), equal_slices(D, n_batches), strict=True):
+            yield self._get_samples(pairs[batch], decisions[values])
 
     def _get_samples(self, batch_inds: th.Tensor, value_index: th.Tensor) -> DenoisingRolloutBufferSamples:  # type: ignore[override]
         """
@@ -340,13 +355,12 @@ class DenoisingRolloutBuffer(BaseBuffer):
         )
 
 
-def _split(index: th.Tensor, n_batches: int, group: int) -> list[th.Tensor]:
+def equal_slices(n: int, n_slices: int, group: int = 1) -> list[slice]:
     """
-    :param index: What to split.
-    :param n_batches: Into how many nearly equal parts.
+    :param n: How much to split.
+    :param n_slices: Into how many nearly equal slices.
     :param group: How many entries stay together.
-    :return: The parts.
+    :return: The slices.
     """
-    n_groups = len(index) // group
-    bounds = [group * (i * n_groups // n_batches) for i in range(n_batches + 1)]
-    return [index[start:stop] for start, stop in pairwise(bounds)]
+    bounds = [group * (i * (n // group) // n_slices) for i in range(n_slices + 1)]
+    return [slice(*bound) for bound in pairwise(bounds)]

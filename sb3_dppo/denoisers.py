@@ -1,12 +1,12 @@
 """The networks that predict noise (or the clean chunk) from a noisy chunk, a timestep and observation features."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch as th
 from torch import nn
-from torch.nn import functional as F
 
 
 class ResidualBlock(nn.Module):
@@ -27,9 +27,17 @@ class ResidualBlock(nn.Module):
         self.linear2 = nn.Linear(width, width)
         self.activation = activation_fn()
 
+    def branch(self) -> tuple[nn.Module, ...]:
+        """
+        :return: The layers beside the skip connection, in order.
+        """
+        return (self.norm1, self.activation, self.linear1, self.norm2, self.activation, self.linear2)
+
     def forward(self, x: th.Tensor) -> th.Tensor:
-        hidden = self.linear1(self.activation(self.norm1(x)))
-        return x + self.linear2(self.activation(self.norm2(hidden)))
+        hidden = x
+        for layer in self.branch():
+            hidden = layer(hidden)
+        return x + hidden
 
 
 def make_mlp(
@@ -72,21 +80,53 @@ def make_mlp(
     return nn.Sequential(*layers)
 
 
+def in_sequence(layers: Iterable[nn.Module]) -> Callable[[th.Tensor], th.Tensor]:
+    """
+    The same computation with fewer calls, which for a single decision cost more than the matrix products.
+
+    :param layers: Layers of :func:`make_mlp`.
+    :return: A function of a batch, shape (B, input size). It does not call hooks of the layers.
+    """
+    functions: list[Callable[[th.Tensor], th.Tensor]] = []
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            functions.append(partial(_linear, layer.bias, layer.weight.t()))
+        elif isinstance(layer, ResidualBlock):
+            functions.append(partial(_add, in_sequence(layer.branch())))
+        elif not isinstance(layer, nn.Identity):
+            functions.append(layer.forward)
+
+    def run(x: th.Tensor) -> th.Tensor:
+        for function in functions:
+            x = function(x)
+        return x
+
+    return run
+
+
+def _linear(bias: th.Tensor, weight: th.Tensor, x: th.Tensor) -> th.Tensor:
+    return th.addmm(bias, x, weight)
+
+
+def _add(branch: Callable[[th.Tensor], th.Tensor], x: th.Tensor) -> th.Tensor:
+    return x + branch(x)
+
+
 class Denoiser(nn.Module, ABC):
     """
     What predicts noise, from what :meth:`encode` makes of the observation and :meth:`embed_timesteps` of the timestep.
     """
 
-    def for_chain(self, features: th.Tensor, timesteps: th.Tensor) -> Callable[[th.Tensor, int], th.Tensor]:
+    def for_chain(self, features: th.Tensor, timesteps: th.Tensor) -> list[Callable[[th.Tensor], th.Tensor]]:
         """
         Prepare a denoising chain: what does not change along it is computed here, once.
 
         :param features: Observation features, shape (B, features_dim).
-        :param timesteps: Timesteps of the chain's positions, shape (S,).
-        :return: A function of noisy chunks, shape (B, Tp, Da), and their position, that returns the prediction.
+        :param timesteps: Timesteps of the chain's steps, shape (S,).
+        :return: For each step, a function of noisy chunks, shape (B, Tp, Da), that returns the prediction.
         """
-        condition, embeddings = self.encode(features), self.embed_timesteps(timesteps)
-        return lambda sample, position: self(sample, embeddings[position], condition)
+        condition = self.encode(features)
+        return [partial(self, time_embedding=row, condition=condition) for row in self.embed_timesteps(timesteps)]
 
     @abstractmethod
     def encode(self, features: th.Tensor) -> th.Tensor:
@@ -164,22 +204,20 @@ class MlpDenoiser(Denoiser):
             sum(self.input_sizes), chunk_dim, net_arch, activation_fn, residual=residual, layer_norm=layer_norm
         )
 
-    def for_chain(self, features: th.Tensor, timesteps: th.Tensor) -> Callable[[th.Tensor, int], th.Tensor]:
+    def for_chain(self, features: th.Tensor, timesteps: th.Tensor) -> list[Callable[[th.Tensor], th.Tensor]]:
         first, *following = self.mlp.children()
         assert isinstance(first, nn.Linear)
         # The first layer by what it sees: at each step only the noisy chunk's part is computed anew.
-        chunk_weight, time_weight, obs_weight = first.weight.split(self.input_sizes, dim=1)
-        obs_part = F.linear(self.encode(features), obs_weight)
-        time_parts = F.linear(self.embed_timesteps(timesteps), time_weight, first.bias).unbind()
-        chunk_weight = chunk_weight.t()
+        chunk_weight, time_weight, obs_weight = first.weight.t().split(self.input_sizes)
+        obs_part = self.encode(features) @ obs_weight
+        time_parts = th.addmm(first.bias, self.embed_timesteps(timesteps), time_weight)
+        rest = in_sequence(following)
 
-        def predict(sample: th.Tensor, position: int) -> th.Tensor:
-            hidden = th.addmm(obs_part, sample.flatten(1), chunk_weight).add_(time_parts[position])
-            for layer in following:
-                hidden = layer(hidden)
-            return hidden.view_as(sample)
+        def predict(time_part: th.Tensor, sample: th.Tensor) -> th.Tensor:
+            hidden = th.addmm(obs_part, sample.flatten(1), chunk_weight).add_(time_part)
+            return rest(hidden).view_as(sample)
 
-        return predict
+        return [partial(predict, time_part) for time_part in time_parts.unbind()]
 
     def encode(self, features: th.Tensor) -> th.Tensor:
         return self.obs_encoder(features)

@@ -180,22 +180,22 @@ class DenoisingProcess(nn.Module):
         :return: Mean, shape (B, Tp, Da), and std (no floor applied), a number or of shape (B, 1, 1).
         """
         c = self.coefficients(position)
-        x0 = c.x0_from_sample * sample + c.x0_from_output * output
+        x0 = _combine(c.x0_from_sample, sample, c.x0_from_output, output)
         if self.clip_sample_range is not None:
             x0 = x0.clamp(-self.clip_sample_range, self.clip_sample_range)
         if not self.is_ddim:
-            return c.mean_from_x0 * x0 + c.mean_from_sample * sample, c.sigma
+            return _combine(c.mean_from_sample, sample, c.mean_from_x0, x0), c.sigma
 
         if self.clip_sample_range is not None:
             noise = (sample - c.sqrt_alpha * x0) / c.sqrt_one_minus_alpha
         else:
-            noise = c.noise_from_sample * sample + c.noise_from_output * output
+            noise = _combine(c.noise_from_sample, sample, c.noise_from_output, output)
         if self.clip_noise_pred is not None:
             noise = noise.clamp(-self.clip_noise_pred, self.clip_noise_pred)
         sigma = eta * c.sigma
         direction = c.one_minus_alpha_prev - sigma**2
         direction = max(direction, 0.0) ** 0.5 if isinstance(direction, float) else direction.clamp(min=0).sqrt()
-        return c.mean_from_x0 * x0 + direction * noise, sigma
+        return _combine(c.mean_from_x0, x0, direction, noise), sigma
 
     def sigmas(self, eta: float) -> th.Tensor:
         """
@@ -228,6 +228,17 @@ class DenoisingProcess(nn.Module):
         if self.prediction_type == "sample":
             return actions
         return self.scheduler.get_velocity(actions, noise, timesteps)
+
+
+def _combine(a: Any, x: th.Tensor, b: Any, y: th.Tensor) -> th.Tensor:
+    """
+    :return: a·x + b·y, for numbers in as few operations as there are: their calls dominate for small batches.
+    """
+    if not isinstance(b, float):
+        return a * x + b * y
+    if a == 0.0:
+        return b * y
+    return th.add(a * x, y, alpha=b)
 
 
 def gaussian_log_prob(x: th.Tensor, mean: th.Tensor, std: th.Tensor) -> th.Tensor:

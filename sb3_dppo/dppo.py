@@ -27,7 +27,14 @@ from stable_baselines3.common.utils import (
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 
-from sb3_dppo.buffers import DenoisingRolloutBuffer, DenoisingRolloutBufferSamples, RewardScaler, mean_log_prob
+from sb3_dppo.acceleration import CPU_SLICE_SIZE, keep_freed_memory
+from sb3_dppo.buffers import (
+    DenoisingRolloutBuffer,
+    DenoisingRolloutBufferSamples,
+    RewardScaler,
+    equal_slices,
+    mean_log_prob,
+)
 from sb3_dppo.policies import DiffusionActorCriticPolicy, DiffusionMlpPolicy, DiffusionUnetPolicy, check_spaces
 
 SelfDPPO = TypeVar("SelfDPPO", bound="DPPO")
@@ -41,6 +48,8 @@ SAMPLER_ARGUMENTS = (
     "min_logprob_std",
     "noise_clip",
     "deterministic_noise",
+    "compile",
+    "precision",
 )
 
 
@@ -96,6 +105,12 @@ class DPPO(OnPolicyAlgorithm):
     :param noise_clip: Clamp of the standard normal noise of each denoising step
     :param deterministic_noise: The noise of ``predict(deterministic=True)``: "observation" (a pseudo-random function of the
         observation), "zero" (none) or "random" (drawn anew each time, as the paper's evaluations do)
+    :param n_accumulate: Slices of a minibatch whose gradients are accumulated one after the other, for the same result in less
+        memory. ``None`` means one on a GPU, and on a CPU as many as keep a slice within its caches.
+    :param compile: ``True`` compiles denoising with ``torch.compile``: up to a minute at the first calls, then faster for small
+        batches. "auto" runs it as CUDA graphs on a GPU and as it is on a CPU, as does ``False`` everywhere.
+    :param precision: Of the networks: "float32", "tf32" (on CUDA) or "bfloat16". Chains, log-probabilities and losses are
+        computed in float32 in any case.
     :param pretrained: Path of a saved model whose policy to start from. Its ``policy_kwargs`` replace those given here.
     :param rollout_buffer_class: Rollout buffer class to use. ``None`` means ``DenoisingRolloutBuffer``.
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
@@ -155,6 +170,9 @@ class DPPO(OnPolicyAlgorithm):
         min_logprob_std: float = 0.2,
         noise_clip: float = 3.0,
         deterministic_noise: str = "observation",
+        n_accumulate: int | None = None,
+        compile: bool | str = "auto",
+        precision: str = "float32",
         pretrained: str | None = None,
         rollout_buffer_class: type[DenoisingRolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
@@ -218,6 +236,9 @@ class DPPO(OnPolicyAlgorithm):
         self.min_logprob_std = min_logprob_std
         self.noise_clip = noise_clip
         self.deterministic_noise = deterministic_noise
+        self.n_accumulate = n_accumulate
+        self.compile = compile
+        self.precision = precision
 
         self.n_rollouts = 0
         # RL Zoo's plug-in reads it in saved files, to choose hyperparameters.
@@ -243,6 +264,8 @@ class DPPO(OnPolicyAlgorithm):
         self._clip_range_vf = None if self.clip_range_vf is None else make_schedule("clip_range_vf", self.clip_range_vf)
         self._min_sampling_std = make_schedule("min_sampling_std", self.min_sampling_std)
         self.set_random_seed(self.seed)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         for name in {*SAMPLER_ARGUMENTS, "min_sampling_std"} & set(self.policy_kwargs):
             raise ValueError(
                 f"policy_kwargs[{name!r}]: {name} is an argument of DPPO itself: pass {name}={self.policy_kwargs[name]!r}."
@@ -313,8 +336,8 @@ class DPPO(OnPolicyAlgorithm):
             )
         if self.shuffle not in ("pairs", "decisions"):
             raise ValueError(f"shuffle={self.shuffle!r} is unknown: choose 'pairs' or 'decisions'.")
-        for name in ("batch_size", "n_epochs"):
-            if getattr(self, name) < 1:
+        for name in ("batch_size", "n_epochs", "n_accumulate"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if not 0 < self.gamma_denoising <= 1:
             raise ValueError(f"gamma_denoising={self.gamma_denoising} must be above 0 and at most 1.")
@@ -485,10 +508,12 @@ class DPPO(OnPolicyAlgorithm):
         """
         obs: th.Tensor = obs_as_tensor(self._last_obs[env_index], self.device)  # type: ignore[index, arg-type, assignment]
         sampled = self.policy.sample_chain(obs)
+        actions = self.policy.unnormalize_actions(sampled.actions)
+        # After the actions have left a GPU, so that it works while the envs step.
         with th.no_grad():
             values = self.policy.predict_values(obs)
         rollout_buffer.add(env_index, obs, sampled.chain, sampled.log_prob, values)
-        return self.policy.unnormalize_actions(sampled.actions)
+        return actions
 
     def _end_episodes(self, dones: np.ndarray, infos: list[dict[str, Any]], rollout_buffer: DenoisingRolloutBuffer) -> None:
         """
@@ -537,32 +562,48 @@ class DPPO(OnPolicyAlgorithm):
         :return: The loss, and metrics that stay on the device: "policy_gradient_loss", "value_loss", "approx_kl",
             "clip_fraction", "ratio", "bc_loss" and "eta".
         """
-        condition = self.policy.denoiser.encode(self._pair_features(samples))
+        return self._loss(
+            samples, self._pair_advantages(samples), len(samples.decision_index), max(1, len(samples.value_index))
+        )
+
+    def _loss(
+        self, samples: DenoisingRolloutBufferSamples, advantages: th.Tensor, n_pairs: int, n_values: int
+    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        What some pairs and decisions of a minibatch contribute to its loss and metrics, which are the sums of all parts.
+
+        :param samples: Part of a minibatch.
+        :param advantages: Advantages of its pairs, shape (N,).
+        :param n_pairs: Pairs of the whole minibatch.
+        :param n_values: Decisions of the critic in the whole minibatch.
+        :return: Contribution to the loss and to the metrics.
+        """
+        condition = self.policy.encode(self._pair_features(samples))
         log_prob = self.policy.pair_log_prob(condition, samples.chain_prev, samples.chain_next, samples.denoising_index)
         log_ratio = mean_log_prob(log_prob, samples.n_executed[samples.decision_index]) - samples.old_log_prob
         ratio = log_ratio.exp()
 
-        advantages = self._pair_advantages(samples)
         clip_range = self._clip_ranges()[samples.denoising_index]
         clipped_ratio = th.clamp(ratio, 1 - clip_range, 1 + clip_range)
-        policy_loss = -th.min(advantages * ratio, advantages * clipped_ratio).mean()
-        value_loss = self._value_loss(samples)
-        loss = policy_loss + self.vf_coef * value_loss - self.ent_coef * self.policy.eta
+        policy_loss = -th.min(advantages * ratio, advantages * clipped_ratio).sum() / n_pairs
+        value_loss = self._value_errors(samples).sum() / n_values
+        eta = th.full_like(policy_loss, self.policy.eta * len(ratio) / n_pairs)
+        loss = policy_loss + self.vf_coef * value_loss - self.ent_coef * eta
 
         bc_loss = th.zeros_like(policy_loss)
         if self.bc_coef > 0:
-            bc_loss = self._bc_loss(samples)
+            bc_loss = self._bc_losses(samples).sum() / (n_pairs * self.policy.ft_denoising_steps)
             loss = loss + self.bc_coef * bc_loss
         with th.no_grad():
             metrics = dict(
                 policy_gradient_loss=policy_loss.detach(),
                 value_loss=value_loss.detach(),
                 # k3 in Schulman's "Approximating KL Divergence": unbiased, and never negative.
-                approx_kl=((ratio - 1) - log_ratio).mean(),
-                clip_fraction=((ratio - 1).abs() > clip_range).float().mean(),
-                ratio=ratio.mean(),
+                approx_kl=((ratio - 1) - log_ratio).sum() / n_pairs,
+                clip_fraction=((ratio - 1).abs() > clip_range).sum() / n_pairs,
+                ratio=ratio.sum() / n_pairs,
                 bc_loss=bc_loss.detach(),
-                eta=th.full_like(policy_loss, self.policy.eta),
+                eta=eta,
             )
         return loss, metrics
 
@@ -609,14 +650,12 @@ class DPPO(OnPolicyAlgorithm):
         base = min(self.clip_range_base, clip_range)
         return base + (clip_range - base) * growth
 
-    def _value_loss(self, samples: DenoisingRolloutBufferSamples) -> th.Tensor:
+    def _value_errors(self, samples: DenoisingRolloutBufferSamples) -> th.Tensor:
         """
         :param samples: A minibatch.
-        :return: Half the mean squared error of the critic, a scalar.
+        :return: Half the squared error of the critic at each of its decisions, shape (V,).
         """
         index = samples.value_index
-        if len(index) == 0:  # more minibatches than decisions
-            return th.zeros((), device=self.device)
         values, returns = self.policy.predict_values(samples.observations[index]).flatten(), samples.returns[index]
         squared_error = (values - returns) ** 2
         if self._clip_range_vf is not None:
@@ -624,17 +663,18 @@ class DPPO(OnPolicyAlgorithm):
             old_values = samples.old_values[index]
             clipped = old_values + (values - old_values).clamp(-clip_range_vf, clip_range_vf)
             squared_error = th.max(squared_error, (clipped - returns) ** 2)
-        return 0.5 * squared_error.mean()
+        return 0.5 * squared_error
 
-    def _bc_loss(self, samples: DenoisingRolloutBufferSamples) -> th.Tensor:
+    def _bc_losses(self, samples: DenoisingRolloutBufferSamples) -> th.Tensor:
         """
         :param samples: A minibatch with ``bc_noise``.
-        :return: Minus the log-probability, under the current policy, of chains sampled from the base policy, a scalar.
+        :return: Minus the log-probability, under the current policy, of the steps of chains sampled from the base policy for
+            each pair's observation, shape (N * K',).
         """
         obs = samples.observations[samples.decision_index]
         chain = self.policy.sample_chain(obs, noise=samples.bc_noise, use_base=True).chain
         log_prob = self.policy.chain_log_prob(obs, chain).flatten(0, 1)
-        return -mean_log_prob(log_prob, th.full((len(log_prob),), self.policy.horizon, device=self.device)).mean()
+        return -mean_log_prob(log_prob, th.full((len(log_prob),), self.policy.horizon, device=self.device))
 
     def train(self) -> None:
         """
@@ -647,15 +687,15 @@ class DPPO(OnPolicyAlgorithm):
         train_actor = self.n_rollouts >= self.critic_warmup
         metrics: dict[str, list[th.Tensor]] = {}
         for samples in self._minibatches():
-            loss, batch_metrics = self.loss(samples)
-            for name, value in {"loss": loss.detach(), **batch_metrics}.items():
+            batch_metrics = self._compute_gradients(samples)
+            for name, value in batch_metrics.items():
                 metrics.setdefault(name, []).append(value)
             # Before the step: the one that would go too far is not made.
             if self.target_kl is not None and batch_metrics["approx_kl"] > 1.5 * self.target_kl:
                 if self.verbose >= 1:
                     print(f"Early stopping after {self._n_updates} gradient steps: approx_kl exceeds 1.5 × {self.target_kl}")
                 break
-            self._step(loss, train_actor)
+            self._step(train_actor)
         self.n_rollouts += 1
         self._log_update(metrics)
 
@@ -669,17 +709,38 @@ class DPPO(OnPolicyAlgorithm):
                     samples = samples._replace(bc_noise=self.policy.draw_noise(len(samples.decision_index)))
                 yield samples
 
-    def _step(self, loss: th.Tensor, train_actor: bool) -> None:
+    def _compute_gradients(self, samples: DenoisingRolloutBufferSamples) -> dict[str, th.Tensor]:
+        """
+        Compute the gradients of :meth:`loss`, slice by slice.
+
+        :param samples: A minibatch.
+        :return: The loss and the metrics.
+        """
+        for optimizer in (self.policy.optimizer, self.policy.critic_optimizer):
+            optimizer.zero_grad()
+        n_pairs, n_values = len(samples.decision_index), len(samples.value_index)
+        group = self.policy.ft_denoising_steps if self.shuffle == "decisions" else 1
+        n_slices = self.n_accumulate
+        if n_slices is None:
+            n_slices = round(n_pairs / CPU_SLICE_SIZE) if self.device.type == "cpu" else 1
+        n_slices = min(max(1, n_slices), n_pairs // group)
+        advantages = self._pair_advantages(samples)
+        metrics: dict[str, th.Tensor] = {}
+        for pairs, values in zip(equal_slices(n_pairs, n_slices, group), equal_slices(n_values, n_slices), strict=True):
+            part = samples.part(pairs, values)
+            loss, part_metrics = self._loss(part, advantages[pairs], n_pairs, max(1, n_values))
+            loss.backward()
+            for name, value in {"loss": loss.detach(), **part_metrics}.items():
+                metrics[name] = metrics[name] + value if name in metrics else value
+        return metrics
+
+    def _step(self, train_actor: bool) -> None:
         """
         One gradient step.
 
-        :param loss: The loss of a minibatch.
         :param train_actor: Whether the actor is trained, or only the critic.
         """
         optimizers = [self.policy.optimizer, self.policy.critic_optimizer]
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
         for optimizer in optimizers if train_actor else optimizers[1:]:
             if self.max_grad_norm is not None:
                 th.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.max_grad_norm)

@@ -2,8 +2,8 @@
 
 import zlib
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from typing import Any
 
@@ -17,14 +17,13 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_dppo.acceleration import COMPILE_OPTIONS, PRECISIONS, Compiled, CudaGraphs, precision_context, threads_for
 from sb3_dppo.denoisers import Denoiser, MlpDenoiser, UnetDenoiser, make_mlp
 from sb3_dppo.denoising import DenoisingChain, DenoisingProcess, gaussian_log_prob
 
 # The std of DDPM's deterministic mode, which is 0 at the last step only.
 DDPM_EVALUATION_STD = 1e-3
 NORMALIZATION_EPS = 1e-6
-# Up to this many decisions at once are denoised on one CPU thread.
-ONE_THREAD_BATCH_SIZE = 256
 
 
 # The paper's policies for Gym tasks, in policy_kwargs' terms, for pre-training and fine-tuning; the constructor's own defaults
@@ -87,6 +86,8 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         observation, so that behaviour is distributed as with random noise and yet the same observation gives the same action),
         "zero" (none, which averages modes, and which a fine-tuned policy may never have seen) or "random" (drawn anew each
         time, the reference implementation's evaluation).
+    :param compile: See :class:`~sb3_dppo.DPPO`.
+    :param precision: See :class:`~sb3_dppo.DPPO`.
     :param use_sde: Not supported; SB3 passes ``False``.
     :raises ValueError: naming the argument, for settings that don't fit together.
     """
@@ -134,6 +135,8 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         min_logprob_std: float = 0.2,
         noise_clip: float = 3.0,
         deterministic_noise: str = "observation",
+        compile: bool | str = "auto",
+        precision: str = "float32",
         use_sde: bool = False,
     ) -> None:
         if use_sde:
@@ -184,11 +187,19 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
             raise ValueError(f"min_sampling_std={min_sampling_std} must not be negative.")
         if min_logprob_std <= 0:
             raise ValueError(f"min_logprob_std={min_logprob_std} must be positive: the last step has no noise of its own.")
+        if compile not in COMPILE_OPTIONS:
+            raise ValueError(f"compile={compile!r} is unknown: choose True, False or 'auto'.")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision!r} is unknown: choose one of {list(PRECISIONS)}.")
         self.eta = eta
         self.min_sampling_std = min_sampling_std
         self.min_logprob_std = min_logprob_std
         self.noise_clip = noise_clip
         self.deterministic_noise = deterministic_noise
+        self.precision = precision
+        self._compile = compile  # nn.Module has a method named compile.
+        self._compiled_denoise = Compiled(self._denoise)
+        self._denoise_graphs = CudaGraphs(self._denoise)
         self.action_dim = get_action_dim(action_space)
         self._process = [process]  # In a list: modules can't be registered before the constructor of nn.Module has run.
 
@@ -280,6 +291,11 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         """
         self.base_denoiser.load_state_dict(self.denoiser.state_dict())
         self.base_features_extractor.load_state_dict(self.pi_features_extractor.state_dict())
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # Moves parameters, by .to() for instance, away from where recorded graphs expect them.
+        self._denoise_graphs.clear()
+        return super()._apply(*args, **kwargs)
 
     def seed(self, seed: int) -> None:
         """
@@ -392,33 +408,72 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         """
         if noise is None:
             noise = self.draw_noise(len(obs))
-        with th.no_grad(), threads_for(len(obs)):
-            return self._run_chain(obs, deterministic, noise, use_base)
+        n_base_steps = self.inference_steps if use_base else self.first_ft_position
+        eta = 0.0 if deterministic and self.process.is_ddim else self.eta
+        with th.inference_mode(), threads_for(len(obs)):
+            features = base_features = None
+            if n_base_steps > 0:
+                base_features = self.extract_features(obs, self.base_features_extractor)  # type: ignore[arg-type]
+            if n_base_steps < self.inference_steps:
+                features = self.extract_features(obs)
+            step_std = self._sampling_std(deterministic, eta)
+            tensors = [base_features, features, noise, step_std, self._log_prob_std()[:, None, None]]
+            if self._compile is True:
+                chain = self._compiled_denoise(self.device, *tensors, n_base_steps, eta)
+            elif self._compile == "auto" and self.device.type == "cuda":
+                chain = self._denoise_graphs(tensors, n_base_steps, eta)
+            else:
+                chain = self._denoise(*tensors, n_base_steps, eta)
+        # Copies, because tensors made in inference mode can't be used where gradients are computed.
+        return DenoisingChain(*(tensor.clone() for tensor in chain))
 
-    def _run_chain(self, obs: PyTorchObs, deterministic: bool, noise: th.Tensor, use_base: bool) -> DenoisingChain:
-        process, first_ft_position = self.process, self.inference_steps if use_base else self.first_ft_position
-        if first_ft_position > 0:
-            features = self.extract_features(obs, self.base_features_extractor)  # type: ignore[arg-type]
-            base_predict = self.base_denoiser.for_chain(features, process.timesteps)
-        if first_ft_position < self.inference_steps:
-            ft_predict = self.denoiser.for_chain(self.extract_features(obs), process.timesteps)
-        eta = 0.0 if deterministic and process.is_ddim else self.eta
-        step_noise = noise[1:].clamp(-self.noise_clip, self.noise_clip) * self._sampling_std(deterministic, eta)
+    def autocast(self) -> AbstractContextManager[Any]:
+        """
+        :return: A context in which the networks' products have the policy's ``precision``. Distributions stay in float32.
+        """
+        return precision_context(self.device, self.precision)
 
-        sample, iterates, means = noise[0], [noise[0]], []
-        for position, added_noise in enumerate(step_noise.unbind()):
-            output = (base_predict if position < first_ft_position else ft_predict)(sample, position)
-            mean, _ = process.transition(sample, output, position, eta)
-            if position >= self.first_ft_position:
-                # In log-probabilities η is always the one of exploration.
-                means.append(mean if eta == self.eta else process.transition(sample, output, position, self.eta)[0])
-            sample = mean + added_noise
-            iterates.append(sample)
-        iterates[-1] = process.clip_final(sample)
+    def _denoise(
+        self,
+        base_features: th.Tensor | None,
+        features: th.Tensor | None,
+        noise: th.Tensor,
+        step_std: th.Tensor,
+        log_prob_std: th.Tensor,
+        n_base_steps: int,
+        eta: float,
+    ) -> DenoisingChain:
+        """
+        Run the denoising process: what is left of :meth:`sample_chain` to compile.
 
+        :param base_features: The base denoiser's features, shape (B, features_dim), if it runs.
+        :param features: The denoiser's features, likewise.
+        :param noise: See :meth:`sample_chain`.
+        :param step_std: Std of the noise that is added at each position, shape (S, 1, 1, 1).
+        :param log_prob_std: Std of the log-probabilities, shape (K', 1, 1).
+        :param n_base_steps: How many steps the base denoiser runs.
+        :param eta: DDIM's η of the samples; that of log-probabilities is the policy's.
+        :return: Chunks, chains and log-probabilities.
+        """
+        with self.autocast():
+            predictions = []
+            if base_features is not None:
+                predictions += self.base_denoiser.for_chain(base_features, self.process.timesteps[:n_base_steps])
+            if features is not None:
+                predictions += self.denoiser.for_chain(features, self.process.timesteps[n_base_steps:])
+            step_noise = noise[1:].clamp(-self.noise_clip, self.noise_clip) * step_std
+            sample, iterates, means = noise[0], [noise[0]], []
+            for position, (predict, added_noise) in enumerate(zip(predictions, step_noise.unbind(), strict=True)):
+                output = predict(sample).float()
+                mean, _ = self.process.transition(sample, output, position, eta)
+                if position >= self.first_ft_position:
+                    # In log-probabilities η is always the one of exploration.
+                    means.append(mean if eta == self.eta else self.process.transition(sample, output, position, self.eta)[0])
+                sample = mean + added_noise
+                iterates.append(sample)
+        iterates[-1] = self.process.clip_final(sample)
         chain = th.stack(iterates[self.first_ft_position :], dim=1)
-        std = self._log_prob_std()[:, None, None]
-        log_prob = gaussian_log_prob(chain[:, 1:], th.stack(means, dim=1), std)
+        log_prob = gaussian_log_prob(chain[:, 1:], th.stack(means, dim=1), log_prob_std)
         return DenoisingChain(iterates[-1], chain, log_prob)
 
     def _sampling_std(self, deterministic: bool, eta: float) -> th.Tensor:
@@ -443,20 +498,29 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         """
         return self.process.sigmas(self.eta)[self.first_ft_position :].clamp(min=self.min_logprob_std)
 
+    def encode(self, features: th.Tensor) -> th.Tensor:
+        """
+        :param features: The actor's features, shape (N, features_dim).
+        :return: What the denoiser is conditioned on, shape (N, ...).
+        """
+        with self.autocast():
+            return self.denoiser.encode(features)
+
     def pair_log_prob(
         self, condition: th.Tensor, chain_prev: th.Tensor, chain_next: th.Tensor, denoising_index: th.Tensor
     ) -> th.Tensor:
         """
         Log-probabilities of single denoising steps, which may be different steps of different chains. Differentiable.
 
-        :param condition: The denoiser's ``encode`` of each pair's features, shape (N, ...).
+        :param condition: :meth:`encode` of each pair's features, shape (N, ...).
         :param chain_prev: Iterates before the steps, shape (N, Tp, Da).
         :param chain_next: Iterates after the steps, shape (N, Tp, Da).
         :param denoising_index: Which steps, in 0 … K'-1, shape (N,).
         :return: Elementwise log-densities, shape (N, Tp, Da).
         """
-        embeddings = self.denoiser.embed_timesteps(self.process.timesteps[self.first_ft_position :])
-        output = self.denoiser(chain_prev, embeddings[denoising_index], condition)
+        with self.autocast():
+            embeddings = self.denoiser.embed_timesteps(self.process.timesteps[self.first_ft_position :])
+            output = self.denoiser(chain_prev, embeddings[denoising_index], condition).float()
         mean, _ = self.process.transition(chain_prev, output, denoising_index + self.first_ft_position, self.eta)
         return gaussian_log_prob(chain_next, mean, self._log_prob_std()[denoising_index][:, None, None])
 
@@ -471,7 +535,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         n_decisions, n_steps = len(chain), self.ft_denoising_steps
         if chain.shape[1] != n_steps + 1:
             raise ValueError(f"chain has {chain.shape[1]} iterates, but ft_denoising_steps={n_steps} means {n_steps + 1}.")
-        condition = self.denoiser.encode(self.extract_features(obs)).repeat_interleave(n_steps, dim=0)
+        condition = self.encode(self.extract_features(obs)).repeat_interleave(n_steps, dim=0)
         denoising_index = th.arange(n_steps, device=chain.device).repeat(n_decisions)
         prev, following = chain[:, :-1].flatten(0, 1), chain[:, 1:].flatten(0, 1)
         return self.pair_log_prob(condition, prev, following, denoising_index).view_as(chain[:, 1:])
@@ -493,16 +557,19 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         if noise is None:
             noise = th.randn_like(actions)
         noisy = self.process.scheduler.add_noise(actions, noise, timesteps)
-        embeddings = self.denoiser.embed_timesteps(th.arange(self.denoising_steps, device=actions.device))
-        output = self.denoiser(noisy, embeddings[timesteps], self.denoiser.encode(self.extract_features(obs)))
-        return F.mse_loss(output, self.process.denoising_target(actions, noise, timesteps))
+        with self.autocast():
+            embeddings = self.denoiser.embed_timesteps(th.arange(self.denoising_steps, device=actions.device))
+            output = self.denoiser(noisy, embeddings[timesteps], self.encode(self.extract_features(obs)))
+        return F.mse_loss(output.float(), self.process.denoising_target(actions, noise, timesteps))
 
     def predict_values(self, obs: PyTorchObs) -> th.Tensor:
         """
         :param obs: Observations, shape (B, ...).
         :return: Values, shape (B, 1).
         """
-        return self.critic(self.extract_features(obs, self.vf_features_extractor))  # type: ignore[arg-type]
+        features = self.extract_features(obs, self.vf_features_extractor)  # type: ignore[arg-type]
+        with self.autocast():
+            return self.critic(features).float()
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:  # type: ignore[override]
         """
@@ -664,24 +731,6 @@ class DiffusionUnetPolicy(DiffusionActorCriticPolicy):
                 raise ValueError(f"{name}={arguments[name]} is a setting of DiffusionMlpPolicy: the UNet has its own.")
         levels: Sequence[int] = self.net_arch["pi"]  # type: ignore[call-overload]
         return UnetDenoiser(self.action_dim, self.horizon, self.features_dim, levels, activation_fn=self.activation_fn)
-
-
-@contextmanager
-def threads_for(batch_size: int) -> Iterator[None]:
-    """
-    Denoise small batches on one CPU thread: another gains little, and stalls where processes of envs want its core.
-
-    :param batch_size: Number of decisions.
-    """
-    n_threads = th.get_num_threads()
-    if batch_size > ONE_THREAD_BATCH_SIZE or n_threads == 1:
-        yield
-        return
-    th.set_num_threads(1)
-    try:
-        yield
-    finally:
-        th.set_num_threads(n_threads)
 
 
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
