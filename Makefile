@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := sb3_dppo hyperparams _sb3_dppo_autoload.py examples tests
+SOURCES := sb3_dppo hyperparams _sb3_dppo_autoload.py examples benchmarks tests
 
 .PHONY: install demo test test-slow lint type format clean
 

@@ -1,17 +1,20 @@
-"""How the networks are run: CPU threads, precision, compiled functions and CUDA graphs. None of it changes what they compute."""
+"""How the networks are run: CPU threads, precision, compiled functions and CUDA graphs. What they compute stays the same."""
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch as th
+
+logger = logging.getLogger(__name__)
 
 COMPILE_OPTIONS = (False, True, "auto")
 PRECISIONS = ("float32", "tf32", "bfloat16")
 # Up to this many decisions at once are denoised on one CPU thread.
 ONE_THREAD_BATCH_SIZE = 256
 # Pairs in a slice of a minibatch on the CPU: activations of this many rows stay in its caches.
-CPU_SLICE_SIZE = 2048
+CPU_SLICE_SIZE = 3072
 
 
 @contextmanager
@@ -90,13 +93,14 @@ class Compiled:
         try:
             if device.type not in self._compiled:
                 # A chain is hundreds of small calls: on the CPU made from C++, on the GPU recorded in a CUDA graph.
-                options = {"cpp_wrapper": True} if device.type == "cpu" else {"triton.cudagraphs": True}
+                options: dict[str, Any] = {"cpp_wrapper": True} if device.type == "cpu" else {"triton.cudagraphs": True}
                 self._compiled[device.type] = th.compile(self.function, options=options)
             return self._compiled[device.type](*args)
-        except Exception:
+        except Exception as error:
             # If the function itself is at fault, this raises the error without the compiler's frames.
             result = self.function(*args)
             self.failed = True
+            logger.info("Not compiled, but run as it is: %s", error)
             return result
 
 
@@ -121,7 +125,7 @@ class CudaGraphs:
         """
         self._graphs.clear()
 
-    def __call__(self, tensors: list[th.Tensor | None], *settings: Any) -> Any:
+    def __call__(self, tensors: Sequence[th.Tensor | None], *settings: Any) -> Any:
         """
         :param tensors: The function's first arguments.
         :param settings: Its other arguments, hashable: another graph is recorded for others.
@@ -133,19 +137,20 @@ class CudaGraphs:
         if key not in self._graphs:
             try:
                 self._graphs[key] = self._record(tensors, *settings)
-            except RuntimeError:
+            except RuntimeError as error:
                 result = self.function(*tensors, *settings)
                 self.failed = True
+                logger.info("Not recorded as a CUDA graph, but run as it is: %s", error)
                 return result
         graph, inputs, outputs = self._graphs[key]
         for static, tensor in zip(inputs, tensors, strict=True):
-            if static is not None:
+            if static is not None and tensor is not None:
                 static.copy_(tensor)
         graph.replay()
         return outputs
 
     def _record(
-        self, tensors: list[th.Tensor | None], *settings: Any
+        self, tensors: Sequence[th.Tensor | None], *settings: Any
     ) -> tuple[th.cuda.CUDAGraph, list[th.Tensor | None], Any]:
         inputs = [None if tensor is None else tensor.clone() for tensor in tensors]
         # Libraries allocate their workspaces at the first calls, which must not be recorded.

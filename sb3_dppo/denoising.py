@@ -106,7 +106,7 @@ class DenoisingProcess(nn.Module):
         # Not persistent: a saved policy can be loaded with another sampler.
         self.register_buffer("timesteps", self.scheduler.timesteps.clone(), persistent=False)
         self.register_buffer("table", self._make_table(), persistent=False)
-        self._numbers = [Coefficients(*row) for row in self.table.tolist()]
+        self._numbers = [Coefficients(*column) for column in self.table.t().tolist()]
 
     def _check_inference_steps(self) -> None:
         K, S = self.denoising_steps, self.inference_steps
@@ -121,7 +121,7 @@ class DenoisingProcess(nn.Module):
 
     def _make_table(self) -> th.Tensor:
         """
-        :return: One row of ``Coefficients`` per position, shape (S, 10).
+        :return: The ``Coefficients`` of every position, shape (10, S).
         """
         stride = self.denoising_steps // self.inference_steps if self.is_ddim else 1
         previous = self.timesteps - stride
@@ -150,7 +150,7 @@ class DenoisingProcess(nn.Module):
             one_minus_alpha_prev=1 - alpha_prev,
             sigma=variance.clamp(min=0).sqrt(),
         )
-        table = th.stack(list(coefficients), dim=1).float()
+        table = th.stack(list(coefficients)).float()
         if not table.isfinite().all():
             raise ValueError(
                 "scheduler: its noise schedule leaves no signal at the first step, which this prediction_type "
@@ -165,7 +165,7 @@ class DenoisingProcess(nn.Module):
         """
         if isinstance(position, int):
             return self._numbers[position]
-        return Coefficients(*self.table[position][:, None, None].unbind(-1))
+        return Coefficients(*self.table[:, position, None, None])
 
     def transition(
         self, sample: th.Tensor, output: th.Tensor, position: int | th.Tensor, eta: float = 1.0
@@ -202,7 +202,7 @@ class DenoisingProcess(nn.Module):
         :param eta: DDIM's η. DDPM has none.
         :return: The std at every position (no floor applied), shape (S,).
         """
-        sigma = self.table[:, -1]
+        sigma = self.table[-1]
         return eta * sigma if self.is_ddim else sigma
 
     def clip_final(self, sample: th.Tensor) -> th.Tensor:
@@ -248,7 +248,8 @@ def gaussian_log_prob(x: th.Tensor, mean: th.Tensor, std: th.Tensor) -> th.Tenso
     :param std: Standard deviation, broadcastable to it.
     :return: Elementwise log-density of a normal distribution.
     """
-    return -0.5 * ((x - mean) / std) ** 2 - std.log() - LOG_SQRT_2PI
+    deviation = (x - mean) / std
+    return th.addcmul(-(std.log() + LOG_SQRT_2PI), deviation, deviation, value=-0.5)
 
 
 def make_scheduler(scheduler: Any, config: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ import math
 import pathlib
 import warnings
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -107,8 +108,8 @@ class DPPO(OnPolicyAlgorithm):
         observation), "zero" (none) or "random" (drawn anew each time, as the paper's evaluations do)
     :param n_accumulate: Slices of a minibatch whose gradients are accumulated one after the other, for the same result in less
         memory. ``None`` means one on a GPU, and on a CPU as many as keep a slice within its caches.
-    :param compile: ``True`` compiles denoising with ``torch.compile``: up to a minute at the first calls, then faster for small
-        batches. "auto" runs it as CUDA graphs on a GPU and as it is on a CPU, as does ``False`` everywhere.
+    :param compile: ``True`` compiles denoising with ``torch.compile``: up to a minute at the first calls, then faster for
+        small batches; without a C++ compiler it changes nothing. "auto" runs it as CUDA graphs on a GPU and as it is on a CPU.
     :param precision: Of the networks: "float32", "tf32" (on CUDA) or "bfloat16". Chains, log-probabilities and losses are
         computed in float32 in any case.
     :param pretrained: Path of a saved model whose policy to start from. Its ``policy_kwargs`` replace those given here.
@@ -562,9 +563,7 @@ class DPPO(OnPolicyAlgorithm):
         :return: The loss, and metrics that stay on the device: "policy_gradient_loss", "value_loss", "approx_kl",
             "clip_fraction", "ratio", "bc_loss" and "eta".
         """
-        return self._loss(
-            samples, self._pair_advantages(samples), len(samples.decision_index), max(1, len(samples.value_index))
-        )
+        return self._loss(samples, self._pair_advantages(samples), len(samples.decision_index), len(samples.value_index))
 
     def _loss(
         self, samples: DenoisingRolloutBufferSamples, advantages: th.Tensor, n_pairs: int, n_values: int
@@ -586,7 +585,9 @@ class DPPO(OnPolicyAlgorithm):
         clip_range = self._clip_ranges()[samples.denoising_index]
         clipped_ratio = th.clamp(ratio, 1 - clip_range, 1 + clip_range)
         policy_loss = -th.min(advantages * ratio, advantages * clipped_ratio).sum() / n_pairs
-        value_loss = self._value_errors(samples).sum() / n_values
+        value_loss = th.zeros_like(policy_loss)
+        if len(samples.value_index) > 0:
+            value_loss = self._value_errors(samples).sum() / n_values
         eta = th.full_like(policy_loss, self.policy.eta * len(ratio) / n_pairs)
         loss = policy_loss + self.vf_coef * value_loss - self.ent_coef * eta
 
@@ -720,15 +721,16 @@ class DPPO(OnPolicyAlgorithm):
             optimizer.zero_grad()
         n_pairs, n_values = len(samples.decision_index), len(samples.value_index)
         group = self.policy.ft_denoising_steps if self.shuffle == "decisions" else 1
-        n_slices = self.n_accumulate
-        if n_slices is None:
-            n_slices = round(n_pairs / CPU_SLICE_SIZE) if self.device.type == "cpu" else 1
+        n_slices = self.n_accumulate or (round(n_pairs / CPU_SLICE_SIZE) if self.device.type == "cpu" else 1)
         n_slices = min(max(1, n_slices), n_pairs // group)
+        pair_slices = equal_slices(n_pairs, n_slices, group)
+        # The critic's decisions in slices of about as many rows.
+        value_slices = equal_slices(n_values, min(n_slices, math.ceil(n_values * n_slices / n_pairs)))
         advantages = self._pair_advantages(samples)
         metrics: dict[str, th.Tensor] = {}
-        for pairs, values in zip(equal_slices(n_pairs, n_slices, group), equal_slices(n_values, n_slices), strict=True):
+        for pairs, values in zip_longest(pair_slices, value_slices, fillvalue=slice(0, 0)):
             part = samples.part(pairs, values)
-            loss, part_metrics = self._loss(part, advantages[pairs], n_pairs, max(1, n_values))
+            loss, part_metrics = self._loss(part, advantages[pairs], n_pairs, n_values)
             loss.backward()
             for name, value in {"loss": loss.detach(), **part_metrics}.items():
                 metrics[name] = metrics[name] + value if name in metrics else value

@@ -198,6 +198,8 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         self.deterministic_noise = deterministic_noise
         self.precision = precision
         self._compile = compile  # nn.Module has a method named compile.
+        self._stds_key: tuple[Any, ...] | None = None
+        self._stds: tuple[th.Tensor, th.Tensor]
         self._compiled_denoise = Compiled(self._denoise)
         self._denoise_graphs = CudaGraphs(self._denoise)
         self.action_dim = get_action_dim(action_space)
@@ -410,14 +412,14 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
             noise = self.draw_noise(len(obs))
         n_base_steps = self.inference_steps if use_base else self.first_ft_position
         eta = 0.0 if deterministic and self.process.is_ddim else self.eta
+        stds = self._sampling_stds(deterministic, eta)
         with th.inference_mode(), threads_for(len(obs)):
             features = base_features = None
             if n_base_steps > 0:
                 base_features = self.extract_features(obs, self.base_features_extractor)  # type: ignore[arg-type]
             if n_base_steps < self.inference_steps:
                 features = self.extract_features(obs)
-            step_std = self._sampling_std(deterministic, eta)
-            tensors = [base_features, features, noise, step_std, self._log_prob_std()[:, None, None]]
+            tensors = (base_features, features, noise, *stds)
             if self._compile is True:
                 chain = self._compiled_denoise(self.device, *tensors, n_base_steps, eta)
             elif self._compile == "auto" and self.device.type == "cuda":
@@ -476,21 +478,25 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         log_prob = gaussian_log_prob(chain[:, 1:], th.stack(means, dim=1), log_prob_std)
         return DenoisingChain(iterates[-1], chain, log_prob)
 
-    def _sampling_std(self, deterministic: bool, eta: float) -> th.Tensor:
+    def _sampling_stds(self, deterministic: bool, eta: float) -> tuple[th.Tensor, th.Tensor]:
         """
         :param deterministic: See :meth:`sample_chain`.
         :param eta: DDIM's η.
-        :return: The std of the noise that is added at each position, shape (S, 1, 1, 1).
+        :return: The std of the noise that is added at each position, shape (S, 1, 1, 1), and the std of log-probabilities for
+            each denoising index, shape (K', 1, 1).
         """
-        sigma = self.process.sigmas(eta)
-        if not deterministic:
-            std = sigma.clamp(min=self.min_sampling_std)
-        elif self.process.is_ddim:
-            std = th.zeros_like(sigma)
-        else:
-            std = sigma.clamp(min=DDPM_EVALUATION_STD)
-            std[-1] = 0.0
-        return std[:, None, None, None]
+        key = (deterministic, eta, self.eta, self.min_sampling_std, self.min_logprob_std, self.device)
+        if key != self._stds_key:
+            sigma = self.process.sigmas(eta)
+            if not deterministic:
+                std = sigma.clamp(min=self.min_sampling_std)
+            elif self.process.is_ddim:
+                std = th.zeros_like(sigma)
+            else:
+                std = sigma.clamp(min=DDPM_EVALUATION_STD)
+                std[-1] = 0.0
+            self._stds_key, self._stds = key, (std[:, None, None, None], self._log_prob_std()[:, None, None])
+        return self._stds
 
     def _log_prob_std(self) -> th.Tensor:
         """

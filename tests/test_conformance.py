@@ -1,6 +1,7 @@
 """Agreement with arrays that the reference implementation computed (recorded once; see tests/data/README.md)."""
 
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from sb3_dppo import import_reference_checkpoint
 from sb3_dppo.buffers import DenoisingRolloutBuffer, DenoisingRolloutBufferSamples, RewardScaler, mean_log_prob
 
 DATA = Path(__file__).parent / "data"
+# SB3_DPPO_COMPILE=1 runs the cases with compiled denoising, which takes minutes.
+COMPILE = True if os.environ.get("SB3_DPPO_COMPILE") == "1" else "auto"
 CASES = ["ddpm_hopper", "ddim_full", "ddpm_x0"]
 
 
@@ -64,6 +67,7 @@ class Case:
             act_steps=config["reward_horizon"],
             seed=0,
             device="cpu",
+            compile=COMPILE,
         )
         self.policy = self.model.policy
 
