@@ -27,6 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sb3_dppo import DPPO
+from sb3_dppo.extractors import VitExtractor
 from sb3_dppo.policies import PAPER_POLICY_KWARGS
 
 OBS_DIM, ACTION_DIM, HORIZON = 11, 3, 4
@@ -47,7 +48,7 @@ class NoOpVecEnv(VecEnv):
         obs_space = spaces.Box(-np.inf, np.inf, (OBS_DIM,))
         super().__init__(n_envs, obs_space, spaces.Box(-1.0, 1.0, (ACTION_DIM,)))
         rng = np.random.default_rng(0)
-        self.obs = rng.standard_normal((n_envs, OBS_DIM), dtype=np.float32)
+        self.obs: np.ndarray = rng.standard_normal((n_envs, OBS_DIM), dtype=np.float32)
         self.rewards = rng.random(n_envs, dtype=np.float32)
         self.dones = np.zeros(n_envs, dtype=bool)
         self.infos: list[dict[str, Any]] = [{} for _ in range(n_envs)]
@@ -273,8 +274,7 @@ def measure(calls: dict[str, tuple[Call, Call]], rounds: int, device: str, compu
             times.append(timed(call, device))
             if not compute_on_threads:
                 th.set_num_threads(1)
-            with th.no_grad():
-                floors.append(timed(floor, device))
+            floors.append(timed(floor, device))
             th.set_num_threads(n_threads)
             if i == 0:  # warm-up
                 times.clear()
@@ -416,6 +416,33 @@ def unet(device: str, rounds: int) -> dict[str, Any]:
     return measure(
         {"unet_planning_b40": (lambda: policy.sample_chain(obs), repeated(step, 20))}, 3 * rounds, device, False
     ) | measure({"unet_gradient_step": (update, gradient)}, 2 * rounds, device)
+
+
+def pixels(device: str, rounds: int) -> dict[str, Any]:
+    """
+    :param device: Where.
+    :param rounds: How often.
+    :return: An epoch of updates with the vision transformer on images of 64 × 64, of 10 denoising steps beside 1 ("floor"):
+        the encoder's work is that of the decisions, not of the pairs.
+    """
+    models = {}
+    for n_steps in (10, 1):
+        env = NoOpVecEnv(8)
+        env.observation_space = spaces.Box(0, 255, (3, 64, 64), np.uint8)
+        env.obs = np.random.default_rng(0).integers(0, 256, (8, 3, 64, 64), dtype=np.uint8)
+        model = make_model(
+            env,
+            "DiffusionCnnPolicy",
+            device=device,
+            n_steps=16 * HORIZON,
+            batch_size=64 * n_steps,
+            n_epochs=1,
+            ft_denoising_steps=n_steps,
+            policy_kwargs=dict(features_extractor_class=VitExtractor),
+        )
+        rollout(model)
+        models[n_steps] = model
+    return measure({"pixels_update_epoch": (models[10].train, models[1].train)}, 3 * rounds, device)
 
 
 def threads(rounds: int) -> dict[str, Any]:
@@ -591,7 +618,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="repetitions of the longest measurements; others have more")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's own number")
     parser.add_argument(
-        "--only", nargs="*", default=None, help="parts to run: planning iterations unet threads envs growth memory import"
+        "--only",
+        nargs="*",
+        default=None,
+        help="parts to run: planning iterations unet pixels threads envs growth memory import",
     )
     parser.add_argument("--json", metavar="FILE", default=None, help="write all results there")
     parser.add_argument("--plot", metavar="FILE", default=None, help="write a plot there")
@@ -604,6 +634,7 @@ def main() -> None:
         planning=lambda: planning(args.device, args.rounds),
         iterations=lambda: iterations(args.device, args.rounds),
         unet=lambda: unet(args.device, args.rounds),
+        pixels=lambda: pixels(args.device, args.rounds),
         threads=lambda: threads(args.rounds),
         envs=lambda: vec_envs(args.rounds),
         growth=lambda: {"growth": growth(args.device, args.rounds)},

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 from _sb3_dppo_autoload import activate
 from sb3_dppo._version import __version__
 from sb3_dppo.dppo import DPPO
-from sb3_dppo.policies import DiffusionMlpPolicy, DiffusionUnetPolicy
+from sb3_dppo.policies import (
+    DiffusionCnnPolicy,
+    DiffusionMlpPolicy,
+    DiffusionMultiInputPolicy,
+    DiffusionTransformerPolicy,
+    DiffusionUnetPolicy,
+)
 from sb3_dppo.reference import import_reference_checkpoint
 
 if TYPE_CHECKING:
@@ -27,7 +33,10 @@ __all__ = [
     "BC",
     "DPPO",
     "Demonstrations",
+    "DiffusionCnnPolicy",
     "DiffusionMlpPolicy",
+    "DiffusionMultiInputPolicy",
+    "DiffusionTransformerPolicy",
     "DiffusionUnetPolicy",
     "__version__",
     "import_reference_checkpoint",

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.type_aliases import PyTorchObs, TensorDict
+
+from sb3_dppo.observations import take
 
 # Range of elementwise log-densities that enter a probability ratio (the reference implementation's).
 LOG_PROB_RANGE = (-5.0, 2.0)
@@ -19,7 +22,7 @@ class DenoisingRolloutBufferSamples(NamedTuple):
     What one gradient step sees. The first five fields hold all D decisions of the rollout, without a copy; a minibatch is N
     (decision, denoising index) pairs for the actor and V decisions for the critic.
 
-    :param observations: Shape (D, ...).
+    :param observations: Shape (D, ...), or a dictionary of these.
     :param returns: Targets of the critic, shape (D,).
     :param old_values: Values when the decisions were made, shape (D,).
     :param advantages: Shape (D,).
@@ -33,7 +36,7 @@ class DenoisingRolloutBufferSamples(NamedTuple):
     :param bc_noise: Noise for chains of the base policy, shape (S+1, N, Tp, Da), or ``None``.
     """
 
-    observations: th.Tensor
+    observations: TensorDict | th.Tensor
     returns: th.Tensor
     old_values: th.Tensor
     advantages: th.Tensor
@@ -63,6 +66,17 @@ class DenoisingRolloutBufferSamples(NamedTuple):
         )
 
 
+def mean_over_executed(values: th.Tensor, n_executed: th.Tensor) -> th.Tensor:
+    """
+    :param values: One value per element of a chunk, shape (N, Tp, Da).
+    :param n_executed: How many actions of each chunk were executed, shape (N,).
+    :return: Means over the executed actions, shape (N,).
+    """
+    per_action = values.mean(dim=-1)
+    executed = th.arange(per_action.shape[-1], device=per_action.device) < n_executed[:, None]
+    return (per_action * executed).sum(dim=-1) / n_executed
+
+
 def mean_log_prob(log_prob: th.Tensor, n_executed: th.Tensor) -> th.Tensor:
     """
     Clamp elementwise log-densities and average them over the executed actions of each chunk.
@@ -71,9 +85,7 @@ def mean_log_prob(log_prob: th.Tensor, n_executed: th.Tensor) -> th.Tensor:
     :param n_executed: Shape (N,).
     :return: Shape (N,).
     """
-    per_action = log_prob.clamp(*LOG_PROB_RANGE).mean(dim=-1)
-    executed = th.arange(per_action.shape[-1], device=per_action.device) < n_executed[:, None]
-    return (per_action * executed).sum(dim=-1) / n_executed
+    return mean_over_executed(log_prob.clamp(*LOG_PROB_RANGE), n_executed)
 
 
 class RewardScaler:
@@ -127,7 +139,7 @@ class DenoisingRolloutBuffer(BaseBuffer):
     """
 
     observation_space: spaces.Space
-    obs_shape: tuple[int, ...]
+    obs_shape: Any
 
     def __init__(
         self,
@@ -160,10 +172,7 @@ class DenoisingRolloutBuffer(BaseBuffer):
         :param capacity: Number of decisions to make room for.
         """
         K, chunk = self.ft_denoising_steps, (self.horizon, self.action_dim)
-        # Observations keep their type, except that nothing needs float64.
-        obs_dtype = th.as_tensor(np.zeros((), dtype=self.observation_space.dtype)).dtype
         tensors = dict(
-            observations=th.zeros((capacity, *self.obs_shape), dtype=th.float if obs_dtype == th.double else obs_dtype),
             chains=th.zeros((capacity, K + 1, *chunk)),
             log_probs=th.zeros((capacity, K, self.horizon)),
             old_values=th.zeros(capacity),
@@ -180,13 +189,27 @@ class DenoisingRolloutBuffer(BaseBuffer):
             if hasattr(self, name):
                 tensor[: self.pos] = getattr(self, name)[: self.pos]
             setattr(self, name, tensor)
+        space = self.observation_space
+        parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+        shapes = self.obs_shape if isinstance(self.obs_shape, dict) else {"": self.obs_shape}
+        observations = {}
+        for key, part in parts.items():
+            # Observations keep their type, except that nothing needs float64.
+            dtype = th.as_tensor(np.zeros((), dtype=part.dtype)).dtype
+            observations[key] = th.zeros((capacity, *shapes[key]), dtype=th.float if dtype == th.double else dtype).to(
+                self.device
+            )
+            if self.pos > 0:
+                old = self.observations[key] if isinstance(self.observations, dict) else self.observations
+                observations[key][: self.pos] = old[: self.pos]
+        self.observations = observations if isinstance(space, spaces.Dict) else observations[""]
         for name, array in arrays.items():
             if hasattr(self, name):
                 array[: self.pos] = getattr(self, name)[: self.pos]
             setattr(self, name, array)
         self.capacity = capacity
 
-    observations: th.Tensor
+    observations: TensorDict | th.Tensor
     chains: th.Tensor
     log_probs: th.Tensor
     old_values: th.Tensor
@@ -215,7 +238,7 @@ class DenoisingRolloutBuffer(BaseBuffer):
         return self.pos
 
     def add(  # type: ignore[override]
-        self, env_index: np.ndarray, obs: th.Tensor, chain: th.Tensor, log_prob: th.Tensor, values: th.Tensor
+        self, env_index: np.ndarray, obs: PyTorchObs, chain: th.Tensor, log_prob: th.Tensor, values: th.Tensor
     ) -> None:
         """
         Add a decision for each of some envs.
@@ -229,7 +252,8 @@ class DenoisingRolloutBuffer(BaseBuffer):
         rows = slice(self.pos, self.pos + len(env_index))
         if rows.stop > self.capacity:
             self._allocate(max(2 * self.capacity, rows.stop))
-        self.observations[rows] = obs.reshape(len(env_index), *self.obs_shape)
+        for target, part in zip(_parts(self.observations), _parts(obs), strict=True):
+            target[rows] = part.reshape(len(env_index), *target.shape[1:])
         self.chains[rows] = chain
         self.log_probs[rows] = log_prob.clamp(*LOG_PROB_RANGE).mean(dim=-1)
         self.old_values[rows] = values.flatten()
@@ -340,7 +364,7 @@ class DenoisingRolloutBuffer(BaseBuffer):
         denoising_index = batch_inds % self.ft_denoising_steps
         old_log_probs = self.log_probs[decision_index, denoising_index]
         return DenoisingRolloutBufferSamples(
-            observations=self.observations[: self.pos],
+            observations=take(self.observations, slice(self.pos)),
             returns=self.returns,
             old_values=self.old_values[: self.pos],
             advantages=self.advantages,
@@ -353,6 +377,14 @@ class DenoisingRolloutBuffer(BaseBuffer):
             old_log_prob=mean_log_prob(old_log_probs[..., None], self.executed[decision_index]),
             value_index=value_index,
         )
+
+
+def _parts(observations: PyTorchObs) -> list[th.Tensor]:
+    """
+    :param observations: Observations, or a dictionary of these.
+    :return: The tensors, by sorted key.
+    """
+    return [observations[key] for key in sorted(observations)] if isinstance(observations, dict) else [observations]
 
 
 def equal_slices(n: int, n_slices: int, group: int = 1) -> list[slice]:

@@ -302,3 +302,54 @@ class UnetDenoiser(Denoiser):
 
     def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
         return self.unet(sample.transpose(1, 2), time_embedding + condition).sample.transpose(1, 2)
+
+
+class TransformerDenoiser(Denoiser):
+    """
+    A transformer whose tokens are the chunk's noisy actions; they attend to each other and to two more tokens, the timestep's
+    and the observation's (Chi et al. 2023, section 3, without the causal mask: the chunk is denoised as a whole).
+
+    :param action_dim: Da, size of one action.
+    :param horizon: Tp, actions in a chunk.
+    :param features_dim: Size of the observation features.
+    :param denoising_steps: K, the number of timesteps to embed.
+    :param net_arch: Width of each layer, all equal and multiples of ``n_heads``.
+    :param n_heads: Attention heads.
+    :raises ValueError: for other widths.
+    """
+
+    sinusoids: th.Tensor
+
+    def __init__(
+        self, action_dim: int, horizon: int, features_dim: int, denoising_steps: int, net_arch: Sequence[int], n_heads: int = 4
+    ) -> None:
+        super().__init__()
+        from diffusers.models.embeddings import get_timestep_embedding
+
+        if len(set(net_arch)) != 1 or net_arch[0] % n_heads != 0:
+            raise ValueError(
+                f"net_arch={list(net_arch)}: a transformer's layers have one width, a multiple of its {n_heads} heads, "
+                "such as [128, 128]."
+            )
+        width = net_arch[0]
+        sinusoids = get_timestep_embedding(th.arange(denoising_steps), width, downscale_freq_shift=1)
+        self.register_buffer("sinusoids", sinusoids, persistent=False)
+        self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.Mish(), nn.Linear(width, width))
+        self.obs_encoder = nn.Linear(features_dim, width)
+        self.tokens = nn.Linear(action_dim, width)
+        self.position = nn.Parameter(0.02 * th.randn(horizon, width))
+        layer = nn.TransformerDecoderLayer(
+            width, n_heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.transformer = nn.TransformerDecoder(layer, len(net_arch), norm=nn.LayerNorm(width))
+        self.output = nn.Linear(width, action_dim)
+
+    def encode(self, features: th.Tensor) -> th.Tensor:
+        return self.obs_encoder(features)
+
+    def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
+        return self.time_mlp(self.sinusoids[timesteps])
+
+    def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
+        memory = th.stack([time_embedding.expand(len(sample), -1), condition], dim=1)
+        return self.output(self.transformer(self.tokens(sample) + self.position, memory))

@@ -12,11 +12,13 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import (
     FloatSchedule,
@@ -35,8 +37,19 @@ from sb3_dppo.buffers import (
     RewardScaler,
     equal_slices,
     mean_log_prob,
+    mean_over_executed,
 )
-from sb3_dppo.policies import DiffusionActorCriticPolicy, DiffusionMlpPolicy, DiffusionUnetPolicy, check_spaces
+from sb3_dppo.denoising import gaussian_log_prob
+from sb3_dppo.observations import check_observation_space, stack, take
+from sb3_dppo.policies import (
+    DiffusionActorCriticPolicy,
+    DiffusionCnnPolicy,
+    DiffusionMlpPolicy,
+    DiffusionMultiInputPolicy,
+    DiffusionTransformerPolicy,
+    DiffusionUnetPolicy,
+    check_action_space,
+)
 
 SelfDPPO = TypeVar("SelfDPPO", bound="DPPO")
 
@@ -64,10 +77,14 @@ class DPPO(OnPolicyAlgorithm):
     fine-tuned denoising steps is a Gaussian action of PPO, with the decision's advantage. ``total_timesteps`` and
     ``n_steps`` count env steps. The defaults are for learning from scratch; for fine-tuning see the documentation.
 
-    :param policy: The policy model to use ("DiffusionMlpPolicy", "DiffusionUnetPolicy" or a class)
+    :param policy: The policy model to use ("DiffusionMlpPolicy", "DiffusionCnnPolicy", "DiffusionMultiInputPolicy",
+        "DiffusionUnetPolicy", "DiffusionTransformerPolicy" or a class)
     :param env: The environment to learn from (if registered in Gym, can be str)
     :param learning_rate: Learning rate of the actor, it can be a function of the current progress remaining (from 1 to 0)
     :param critic_learning_rate: Learning rate of the critic, likewise; a string such as "lin_1e-3" means a linear schedule
+    :param lr_decay: What both learning rates are multiplied by on the way to the end: "constant" for 1, "linear" or "cosine"
+        for a factor that goes to zero
+    :param lr_warmup: Fraction of training in which they first rise linearly from zero
     :param n_steps: Env steps per env and rollout, a multiple of ``act_steps``
     :param batch_size: (decision, denoising step) pairs in a minibatch, about: an epoch is split into nearly equal ones
     :param n_epochs: Number of epochs when optimising the surrogate loss
@@ -86,12 +103,14 @@ class DPPO(OnPolicyAlgorithm):
     :param ent_coef: Coefficient of the mean of η, which is constant unless a policy learns it
     :param vf_coef: Value function coefficient for the loss calculation
     :param bc_coef: Coefficient of the log-probability, under the current policy, of chains sampled from the base policy
+    :param kl_coef: Coefficient of the KL divergence of the denoising steps from the base policy's, per action dimension
     :param max_grad_norm: The maximum value for the gradient clipping, of actor and critic separately, or ``None``
     :param target_kl: Stop the epochs of an update, before the step, when the approximate KL divergence exceeds this. It is a
         mean per action dimension, 1e-5 to 1e-3 in good runs: the usual 0.01 to 0.03 of PPO never stops anything here.
     :param critic_warmup: First rollouts of the model, or after behaviour cloning, on which only the critic is trained
     :param scale_rewards: Whether to divide the decisions' rewards by the running std of their discounted return
-    :param shuffle: "pairs" draws minibatches from all pairs, "decisions" keeps the pairs of a decision together
+    :param shuffle: "pairs" draws minibatches from all pairs, "decisions" keeps the pairs of a decision together, so that its
+        features are extracted once. ``None`` means "decisions" if the features extractor has parameters, else "pairs".
     :param act_steps: Ta, the actions of a chunk that are executed before planning again. ``None`` means the policy's
         ``horizon``.
     :param scheduler: "ddpm", "ddim" or a diffusers ``DDPMScheduler`` or ``DDIMScheduler``
@@ -100,6 +119,9 @@ class DPPO(OnPolicyAlgorithm):
     :param ft_denoising_steps: K', the last denoising steps, which are fine-tuned. The others run the frozen pre-trained
         policy.
         ``None`` means all.
+    :param ft_denoising_anneal: Two numbers (n, d): after every n rollouts ``ft_denoising_steps`` decreases by d, down to 1,
+        the denoiser as it is then becomes the base policy, which runs all steps before, and the optimisers start anew.
+        ``None``: it stays.
     :param min_sampling_std: Floor of each denoising step's std when exploring, in normalised action space [-1, 1]; it can be a
         function of the current progress remaining, or a string such as "lin_0.1"
     :param min_logprob_std: Floor of the std in log-probabilities
@@ -131,7 +153,10 @@ class DPPO(OnPolicyAlgorithm):
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "DiffusionMlpPolicy": DiffusionMlpPolicy,
+        "DiffusionCnnPolicy": DiffusionCnnPolicy,
+        "DiffusionMultiInputPolicy": DiffusionMultiInputPolicy,
         "DiffusionUnetPolicy": DiffusionUnetPolicy,
+        "DiffusionTransformerPolicy": DiffusionTransformerPolicy,
     }
     policy: DiffusionActorCriticPolicy
     rollout_buffer: DenoisingRolloutBuffer  # type: ignore[assignment]
@@ -142,6 +167,8 @@ class DPPO(OnPolicyAlgorithm):
         env: GymEnv | str,
         learning_rate: float | Schedule = 3e-4,
         critic_learning_rate: float | str | Schedule = 1e-3,
+        lr_decay: str = "constant",
+        lr_warmup: float = 0.0,
         n_steps: int = 512,
         batch_size: int = 256,
         n_epochs: int = 5,
@@ -157,16 +184,18 @@ class DPPO(OnPolicyAlgorithm):
         ent_coef: float = 0.0,
         vf_coef: float = 0.5,
         bc_coef: float = 0.0,
+        kl_coef: float = 0.0,
         max_grad_norm: float | None = None,
         target_kl: float | None = None,
         critic_warmup: int = 0,
         scale_rewards: bool = True,
-        shuffle: str = "pairs",
+        shuffle: str | None = None,
         act_steps: int | None = None,
         scheduler: Any = "ddpm",
         inference_steps: int | None = None,
         eta: float = 1.0,
         ft_denoising_steps: int | None = None,
+        ft_denoising_anneal: tuple[int, int] | None = None,
         min_sampling_std: float | str | Schedule = 0.2,
         min_logprob_std: float = 0.2,
         noise_clip: float = 3.0,
@@ -187,7 +216,9 @@ class DPPO(OnPolicyAlgorithm):
     ) -> None:
         if env is not None:
             env = maybe_make_env(env, verbose)
-            check_spaces(env.observation_space, env.action_space)
+            check_action_space(env.action_space)
+            if isinstance(env.observation_space, spaces.Tuple):
+                check_observation_space(env.observation_space, None)
         if not isinstance(policy, str) and not issubclass(policy, DiffusionActorCriticPolicy):
             raise ValueError(f"policy={policy.__name__} is not a diffusion policy: choose one of {list(self.policy_aliases)}.")
         super().__init__(
@@ -214,6 +245,8 @@ class DPPO(OnPolicyAlgorithm):
         )
         # As given: a file is loaded with other settings by replacing these, so what follows from them is kept elsewhere.
         self.critic_learning_rate = critic_learning_rate
+        self.lr_decay = lr_decay
+        self.lr_warmup = lr_warmup
         self.batch_size = batch_size
         self.n_epochs = n_epochs
         self.gamma_denoising = gamma_denoising
@@ -224,6 +257,7 @@ class DPPO(OnPolicyAlgorithm):
         self.normalize_advantage = normalize_advantage
         self.advantage_quantiles = advantage_quantiles
         self.bc_coef = bc_coef
+        self.kl_coef = kl_coef
         self.target_kl = target_kl
         self.critic_warmup = critic_warmup
         self.scale_rewards = scale_rewards
@@ -233,6 +267,7 @@ class DPPO(OnPolicyAlgorithm):
         self.inference_steps = inference_steps
         self.eta = eta
         self.ft_denoising_steps = ft_denoising_steps
+        self.ft_denoising_anneal = ft_denoising_anneal
         self.min_sampling_std = min_sampling_std
         self.min_logprob_std = min_logprob_std
         self.noise_clip = noise_clip
@@ -279,6 +314,9 @@ class DPPO(OnPolicyAlgorithm):
             **{name: getattr(self, name) for name in SAMPLER_ARGUMENTS},
             **self.policy_kwargs,
         ).to(self.device)
+        self._make_rollout_buffer()
+
+    def _make_rollout_buffer(self) -> None:
         buffer_class: type[DenoisingRolloutBuffer] = self.rollout_buffer_class or DenoisingRolloutBuffer  # type: ignore[assignment]
         self.rollout_buffer = buffer_class(
             self.n_steps,
@@ -335,11 +373,20 @@ class DPPO(OnPolicyAlgorithm):
                 f"n_steps={self.n_steps} must be a multiple of act_steps={act_steps}, because all envs plan together every "
                 f"act_steps env steps: use {max(1, round(self.n_steps / act_steps)) * act_steps}."
             )
-        if self.shuffle not in ("pairs", "decisions"):
-            raise ValueError(f"shuffle={self.shuffle!r} is unknown: choose 'pairs' or 'decisions'.")
+        if self.shuffle not in (None, "pairs", "decisions"):
+            raise ValueError(f"shuffle={self.shuffle!r} is unknown: choose 'pairs', 'decisions' or None.")
         for name in ("batch_size", "n_epochs", "n_accumulate"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.lr_decay not in ("constant", "linear", "cosine"):
+            raise ValueError(f"lr_decay={self.lr_decay!r} is unknown: choose 'constant', 'linear' or 'cosine'.")
+        if not 0 <= self.lr_warmup < 1:
+            raise ValueError(f"lr_warmup={self.lr_warmup} must be at least 0 and below 1: it is a fraction of training.")
+        if self.ft_denoising_anneal is not None and min(self.ft_denoising_anneal) < 1:
+            raise ValueError(
+                f"ft_denoising_anneal={self.ft_denoising_anneal} must be two positive numbers: after how many rollouts, each "
+                "time, and by how many steps ft_denoising_steps decreases."
+            )
         if not 0 < self.gamma_denoising <= 1:
             raise ValueError(f"gamma_denoising={self.gamma_denoising} must be above 0 and at most 1.")
         low, high = self.advantage_quantiles
@@ -507,7 +554,7 @@ class DPPO(OnPolicyAlgorithm):
         :param rollout_buffer: Where to keep it.
         :return: Chunks for the envs, shape (B, Tp, *action_space.shape).
         """
-        obs: th.Tensor = obs_as_tensor(self._last_obs[env_index], self.device)  # type: ignore[index, arg-type, assignment]
+        obs = obs_as_tensor(take(self._last_obs, env_index), self.device)  # type: ignore[arg-type]
         sampled = self.policy.sample_chain(obs)
         actions = self.policy.unnormalize_actions(sampled.actions)
         # After the actions have left a GPU, so that it works while the envs step.
@@ -530,7 +577,7 @@ class DPPO(OnPolicyAlgorithm):
         bootstrap_values = np.zeros(len(ended))
         truncated = [i for i, env_index in enumerate(ended) if infos[env_index].get("TimeLimit.truncated", False)]
         if truncated:
-            last_obs = np.stack([infos[ended[i]]["terminal_observation"] for i in truncated])
+            last_obs = stack([infos[ended[i]]["terminal_observation"] for i in truncated])
             with th.no_grad():
                 values = self.policy.predict_values(obs_as_tensor(last_obs, self.device))  # type: ignore[arg-type]
             bootstrap_values[truncated] = values.cpu().numpy().flatten()
@@ -542,7 +589,8 @@ class DPPO(OnPolicyAlgorithm):
         :param rewards: Rewards of all envs.
         :raises ValueError: naming the env and the step, if one is NaN or infinite.
         """
-        for name, values in (("observation", obs), ("reward", rewards)):
+        parts = list(obs.values()) if isinstance(obs, dict) else [obs]
+        for name, values in [*(("observation", part) for part in parts), ("reward", rewards)]:
             values = np.asarray(values)
             if values.dtype.kind != "f" or np.isfinite(values).all():
                 continue
@@ -561,7 +609,7 @@ class DPPO(OnPolicyAlgorithm):
 
         :param samples: A minibatch.
         :return: The loss, and metrics that stay on the device: "policy_gradient_loss", "value_loss", "approx_kl",
-            "clip_fraction", "ratio", "bc_loss" and "eta".
+            "clip_fraction", "ratio", "bc_loss", "base_kl" and "eta".
         """
         return self._loss(samples, self._pair_advantages(samples), len(samples.decision_index), len(samples.value_index))
 
@@ -578,7 +626,8 @@ class DPPO(OnPolicyAlgorithm):
         :return: Contribution to the loss and to the metrics.
         """
         condition = self.policy.encode(self._pair_features(samples))
-        log_prob = self.policy.pair_log_prob(condition, samples.chain_prev, samples.chain_next, samples.denoising_index)
+        mean = self.policy.pair_mean(self.policy.denoiser, condition, samples.chain_prev, samples.denoising_index)
+        log_prob = gaussian_log_prob(samples.chain_next, mean, self.policy.pair_std(samples.denoising_index))
         log_ratio = mean_log_prob(log_prob, samples.n_executed[samples.decision_index]) - samples.old_log_prob
         ratio = log_ratio.exp()
 
@@ -595,6 +644,10 @@ class DPPO(OnPolicyAlgorithm):
         if self.bc_coef > 0:
             bc_loss = self._bc_losses(samples).sum() / (n_pairs * self.policy.ft_denoising_steps)
             loss = loss + self.bc_coef * bc_loss
+        base_kl = th.zeros_like(policy_loss)
+        if self.kl_coef > 0:
+            base_kl = self._base_kls(samples, mean).sum() / n_pairs
+            loss = loss + self.kl_coef * base_kl
         with th.no_grad():
             metrics = dict(
                 policy_gradient_loss=policy_loss.detach(),
@@ -604,20 +657,24 @@ class DPPO(OnPolicyAlgorithm):
                 clip_fraction=((ratio - 1).abs() > clip_range).sum() / n_pairs,
                 ratio=ratio.sum() / n_pairs,
                 bc_loss=bc_loss.detach(),
+                base_kl=base_kl.detach(),
                 eta=eta,
             )
         return loss, metrics
 
-    def _pair_features(self, samples: DenoisingRolloutBufferSamples) -> th.Tensor:
+    def _pair_features(
+        self, samples: DenoisingRolloutBufferSamples, features_extractor: BaseFeaturesExtractor | None = None
+    ) -> th.Tensor:
         """
         :param samples: A minibatch.
-        :return: The actor's observation features of each pair, shape (N, features_dim).
+        :param features_extractor: Which extractor to use; ``None`` means the actor's.
+        :return: The observation features of each pair, shape (N, features_dim).
         """
-        if self.shuffle == "pairs":
-            return self.policy.extract_features(samples.observations[samples.decision_index])
+        index, n_steps = samples.decision_index, self.policy.ft_denoising_steps
+        if self.shuffle_mode == "pairs":
+            return self.policy.extract_features(take(samples.observations, index), features_extractor)
         # Pairs of a decision stand together, so that features are extracted once for all of them.
-        n_steps = self.policy.ft_denoising_steps
-        features = self.policy.extract_features(samples.observations[samples.decision_index[::n_steps]])
+        features = self.policy.extract_features(take(samples.observations, index[::n_steps]), features_extractor)
         return features.repeat_interleave(n_steps, dim=0)
 
     def _pair_advantages(self, samples: DenoisingRolloutBufferSamples) -> th.Tensor:
@@ -657,7 +714,7 @@ class DPPO(OnPolicyAlgorithm):
         :return: Half the squared error of the critic at each of its decisions, shape (V,).
         """
         index = samples.value_index
-        values, returns = self.policy.predict_values(samples.observations[index]).flatten(), samples.returns[index]
+        values, returns = self.policy.predict_values(take(samples.observations, index)).flatten(), samples.returns[index]
         squared_error = (values - returns) ** 2
         if self._clip_range_vf is not None:
             clip_range_vf = self._clip_range_vf(self._current_progress_remaining)
@@ -666,13 +723,29 @@ class DPPO(OnPolicyAlgorithm):
             squared_error = th.max(squared_error, (clipped - returns) ** 2)
         return 0.5 * squared_error
 
+    def _base_kls(self, samples: DenoisingRolloutBufferSamples, mean: th.Tensor) -> th.Tensor:
+        """
+        :param samples: A minibatch.
+        :param mean: Means of its pairs' denoising steps, shape (N, Tp, Da).
+        :return: KL divergence of each step from the base policy's, of Gaussians with equal std, averaged over executed actions
+            and action dimensions, shape (N,).
+        """
+        policy = self.policy
+        with th.no_grad():
+            features = self._pair_features(samples, policy.base_features_extractor)  # type: ignore[arg-type]
+            with policy.autocast():
+                condition = policy.base_denoiser.encode(features)
+            base_mean = policy.pair_mean(policy.base_denoiser, condition, samples.chain_prev, samples.denoising_index)
+        divergence = 0.5 * ((mean - base_mean) / policy.pair_std(samples.denoising_index)) ** 2
+        return mean_over_executed(divergence, samples.n_executed[samples.decision_index])
+
     def _bc_losses(self, samples: DenoisingRolloutBufferSamples) -> th.Tensor:
         """
         :param samples: A minibatch with ``bc_noise``.
         :return: Minus the log-probability, under the current policy, of the steps of chains sampled from the base policy for
             each pair's observation, shape (N * K',).
         """
-        obs = samples.observations[samples.decision_index]
+        obs = take(samples.observations, samples.decision_index)
         chain = self.policy.sample_chain(obs, noise=samples.bc_noise, use_base=True).chain
         log_prob = self.policy.chain_log_prob(obs, chain).flatten(0, 1)
         return -mean_log_prob(log_prob, th.full((len(log_prob),), self.policy.horizon, device=self.device))
@@ -683,8 +756,9 @@ class DPPO(OnPolicyAlgorithm):
         """
         self.policy.set_training_mode(True)
         progress = self._current_progress_remaining
-        update_learning_rate(self.policy.optimizer, self.lr_schedule(progress))
-        update_learning_rate(self.policy.critic_optimizer, self._critic_lr_schedule(progress))
+        factor = self._learning_rate_factor()
+        update_learning_rate(self.policy.optimizer, factor * self.lr_schedule(progress))
+        update_learning_rate(self.policy.critic_optimizer, factor * self._critic_lr_schedule(progress))
         train_actor = self.n_rollouts >= self.critic_warmup
         metrics: dict[str, list[th.Tensor]] = {}
         for samples in self._minibatches():
@@ -699,16 +773,54 @@ class DPPO(OnPolicyAlgorithm):
             self._step(train_actor)
         self.n_rollouts += 1
         self._log_update(metrics)
+        if self.ft_denoising_anneal is not None and self.n_rollouts % self.ft_denoising_anneal[0] == 0:
+            self._anneal(self.ft_denoising_anneal[1])
+
+    @property
+    def shuffle_mode(self) -> str:
+        """
+        :return: What ``shuffle`` comes to: "pairs" or "decisions".
+        """
+        if self.shuffle is not None:
+            return self.shuffle
+        return "decisions" if any(True for _ in self.policy.pi_features_extractor.parameters()) else "pairs"
 
     def _minibatches(self) -> Iterator[DenoisingRolloutBufferSamples]:
         """
         :return: The minibatches of all epochs.
         """
         for _ in range(self.n_epochs):
-            for samples in self.rollout_buffer.get(self.batch_size, self.shuffle):
+            for samples in self.rollout_buffer.get(self.batch_size, self.shuffle_mode):
                 if self.bc_coef > 0:
                     samples = samples._replace(bc_noise=self.policy.draw_noise(len(samples.decision_index)))
                 yield samples
+
+    def _anneal(self, n_steps: int) -> None:
+        """
+        Fine-tune fewer denoising steps from now on.
+
+        :param n_steps: How many fewer.
+        """
+        steps = max(1, self.policy.ft_denoising_steps - n_steps)
+        if steps == self.policy.ft_denoising_steps:
+            return
+        # Kept as the argument, so that a saved model goes on from here.
+        self.ft_denoising_steps = steps
+        self.policy.set_ft_denoising_steps(steps)
+        # Adam's moments are of gradients that came from other steps.
+        self.policy.make_optimizers(self.lr_schedule(self._current_progress_remaining))
+        self._make_rollout_buffer()
+
+    def _learning_rate_factor(self) -> float:
+        """
+        :return: What ``lr_warmup`` and ``lr_decay`` make of both learning rates now.
+        """
+        done = 1.0 - self._current_progress_remaining
+        if done < self.lr_warmup:
+            return done / self.lr_warmup
+        remaining = (1.0 - done) / (1.0 - self.lr_warmup)
+        factors = dict(constant=1.0, linear=remaining, cosine=0.5 * (1.0 - math.cos(math.pi * remaining)))
+        return factors[self.lr_decay]
 
     def _compute_gradients(self, samples: DenoisingRolloutBufferSamples) -> dict[str, th.Tensor]:
         """
@@ -720,12 +832,12 @@ class DPPO(OnPolicyAlgorithm):
         for optimizer in (self.policy.optimizer, self.policy.critic_optimizer):
             optimizer.zero_grad()
         n_pairs, n_values = len(samples.decision_index), len(samples.value_index)
-        group = self.policy.ft_denoising_steps if self.shuffle == "decisions" else 1
+        group = self.policy.ft_denoising_steps if self.shuffle_mode == "decisions" else 1
         n_slices = self.n_accumulate or (round(n_pairs / CPU_SLICE_SIZE) if self.device.type == "cpu" else 1)
         n_slices = min(max(1, n_slices), n_pairs // group)
         pair_slices = equal_slices(n_pairs, n_slices, group)
         # The critic's decisions in slices of about as many rows.
-        value_slices = equal_slices(n_values, min(n_slices, math.ceil(n_values * n_slices / n_pairs)))
+        value_slices = equal_slices(n_values, max(1, min(n_slices, math.ceil(n_values * n_slices / n_pairs))))
         advantages = self._pair_advantages(samples)
         metrics: dict[str, th.Tensor] = {}
         for pairs, values in zip_longest(pair_slices, value_slices, fillvalue=slice(0, 0)):
@@ -759,8 +871,10 @@ class DPPO(OnPolicyAlgorithm):
         old_values, returns = buffer.old_values[: buffer.size()].cpu().numpy(), buffer.returns.cpu().numpy()
         self.logger.record("train/explained_variance", explained_variance(old_values, returns))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/learning_rate", self.lr_schedule(progress))
-        self.logger.record("train/critic_learning_rate", self._critic_lr_schedule(progress))
+        factor = self._learning_rate_factor()
+        self.logger.record("train/learning_rate", factor * self.lr_schedule(progress))
+        self.logger.record("train/critic_learning_rate", factor * self._critic_lr_schedule(progress))
+        self.logger.record("train/ft_denoising_steps", self.policy.ft_denoising_steps)
         self.logger.record("train/clip_range", self._clip_range(progress))
         if self._clip_range_vf is not None:
             self.logger.record("train/clip_range_vf", self._clip_range_vf(progress))

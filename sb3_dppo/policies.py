@@ -11,15 +11,16 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.preprocessing import get_action_dim, is_image_space
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
+from stable_baselines3.common.preprocessing import get_action_dim, get_flattened_obs_dim
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.nn import functional as F
 
 from sb3_dppo.acceleration import COMPILE_OPTIONS, PRECISIONS, Compiled, CudaGraphs, precision_context, threads_for
-from sb3_dppo.denoisers import Denoiser, MlpDenoiser, UnetDenoiser, make_mlp
+from sb3_dppo.denoisers import Denoiser, MlpDenoiser, TransformerDenoiser, UnetDenoiser, make_mlp
 from sb3_dppo.denoising import DenoisingChain, DenoisingProcess, gaussian_log_prob
+from sb3_dppo.observations import batch_size_of, check_observation_space, take, vector_keys
 
 # The std of DDPM's deterministic mode, which is 0 at the last step only.
 DDPM_EVALUATION_STD = 1e-3
@@ -48,8 +49,9 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
     What a trained policy fixes comes first, then the sampler's settings, which may be changed when a policy is loaded and
     which :class:`~sb3_dppo.DPPO` passes on from its own arguments of the same names.
 
-    :param observation_space: Observation space, a ``Box`` that is no image, ``Discrete``, ``MultiDiscrete`` or
-        ``MultiBinary``.
+    :param observation_space: Observation space: a ``Box`` that is no image, ``Discrete``, ``MultiDiscrete`` or
+        ``MultiBinary``; an image for ``DiffusionCnnPolicy``; a ``Dict`` of vectors and images for
+        ``DiffusionMultiInputPolicy``.
     :param action_space: Action space, a ``Box`` with finite bounds.
     :param lr_schedule: Learning rate schedule of the actor (could be constant).
     :param net_arch: Hidden widths, of the denoiser under ``pi`` and of the critic under ``vf``.
@@ -143,7 +145,8 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
             raise ValueError(
                 "use_sde=True is not supported: a diffusion policy explores with the noise of its denoising steps."
             )
-        check_spaces(observation_space, action_space)
+        check_action_space(action_space)
+        check_observation_space(observation_space, features_extractor_class)
         self._constructor_parameters = {
             name: value
             for name, value in locals().items()
@@ -257,7 +260,10 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         self.base_denoiser = deepcopy(self.denoiser).requires_grad_(False)
         self.base_features_extractor = deepcopy(self.pi_features_extractor).requires_grad_(False)
 
-        obs_shape = self.observation_space.shape if isinstance(self.observation_space, spaces.Box) else ()
+        vectors = vector_keys(self.observation_space)
+        self._vector_sizes = {key: get_flattened_obs_dim(space) for key, space in vectors.items()}
+        # One after the other for a Dict.
+        obs_shape = vectors[""].shape if "" in vectors else (sum(self._vector_sizes.values()),)
         self.register_buffer("obs_center", th.zeros(obs_shape))
         self.register_buffer("obs_scale", th.ones(obs_shape))
         box: Any = self.action_space
@@ -299,6 +305,16 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         self._denoise_graphs.clear()
         return super()._apply(*args, **kwargs)
 
+    def set_ft_denoising_steps(self, ft_denoising_steps: int) -> None:
+        """
+        Fine-tune another number of steps, over what has been learned so far as the base policy.
+
+        :param ft_denoising_steps: K'.
+        """
+        self.update_base_denoiser()
+        self.ft_denoising_steps = self._constructor_parameters["ft_denoising_steps"] = ft_denoising_steps
+        self._stds_key = None
+
     def seed(self, seed: int) -> None:
         """
         Seed the generator that :meth:`predict` draws from.
@@ -325,7 +341,8 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         """
         Map these ranges to [-1, 1]: ``2 * ((x - min) / (max - min + 1e-6) - 0.5)``, and 0 for a dimension without range.
 
-        :param obs_min: Smallest observation, of the observation space's shape.
+        :param obs_min: Smallest observation, of the observation space's shape. For a ``Dict``, the flat vectors of its keys
+            that hold no images, one after the other in the order of its keys.
         :param obs_max: Largest observation.
         :param action_min: Smallest action, shape (Da,).
         :param action_max: Largest action.
@@ -371,10 +388,25 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         :param features_extractor: Which extractor to use; ``None`` means the actor's.
         :return: Features, shape (B, features_dim).
         """
-        if isinstance(self.observation_space, spaces.Box):
-            obs = (obs.float() - self.obs_center) * self.obs_scale  # type: ignore[union-attr]
+        if isinstance(obs, dict):
+            obs = obs | self._normalize_vectors(obs)
+        elif self._vector_sizes:
+            obs = (obs.float() - self.obs_center) * self.obs_scale
         extractor = self.pi_features_extractor if features_extractor is None else features_extractor
         return super(ActorCriticPolicy, self).extract_features(obs, extractor)
+
+    def _normalize_vectors(self, obs: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
+        """
+        :param obs: Observations of a ``Dict``.
+        :return: Those that are vectors, normalised.
+        """
+        normalized, start = {}, 0
+        for key, size in self._vector_sizes.items():
+            shape, rows = obs[key].shape[1:], slice(start, start + size)
+            center, scale = self.obs_center[rows].view(shape), self.obs_scale[rows].view(shape)
+            normalized[key] = (obs[key].float() - center) * scale
+            start += size
+        return normalized
 
     # ------------------------------------------------------------------ sampling
 
@@ -408,12 +440,13 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         :param use_base: Run the base denoiser at every step.
         :return: Chunks, chains and log-probabilities.
         """
+        n_decisions = batch_size_of(obs)
         if noise is None:
-            noise = self.draw_noise(len(obs))
+            noise = self.draw_noise(n_decisions)
         n_base_steps = self.inference_steps if use_base else self.first_ft_position
         eta = 0.0 if deterministic and self.process.is_ddim else self.eta
         stds = self._sampling_stds(deterministic, eta)
-        with th.inference_mode(), threads_for(len(obs)):
+        with th.inference_mode(), threads_for(n_decisions):
             features = base_features = None
             if n_base_steps > 0:
                 base_features = self.extract_features(obs, self.base_features_extractor)  # type: ignore[arg-type]
@@ -512,23 +545,33 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         with self.autocast():
             return self.denoiser.encode(features)
 
-    def pair_log_prob(
-        self, condition: th.Tensor, chain_prev: th.Tensor, chain_next: th.Tensor, denoising_index: th.Tensor
+    def pair_mean(
+        self,
+        denoiser: Denoiser,
+        condition: th.Tensor,
+        chain_prev: th.Tensor,
+        denoising_index: th.Tensor,
     ) -> th.Tensor:
         """
-        Log-probabilities of single denoising steps, which may be different steps of different chains. Differentiable.
+        Means of single denoising steps, which may be different steps of different chains. Differentiable.
 
-        :param condition: :meth:`encode` of each pair's features, shape (N, ...).
+        :param denoiser: ``denoiser`` or ``base_denoiser``.
+        :param condition: Its ``encode`` of each pair's features, shape (N, ...).
         :param chain_prev: Iterates before the steps, shape (N, Tp, Da).
-        :param chain_next: Iterates after the steps, shape (N, Tp, Da).
         :param denoising_index: Which steps, in 0 … K'-1, shape (N,).
-        :return: Elementwise log-densities, shape (N, Tp, Da).
+        :return: Means of the iterates after the steps, shape (N, Tp, Da).
         """
         with self.autocast():
-            embeddings = self.denoiser.embed_timesteps(self.process.timesteps[self.first_ft_position :])
-            output = self.denoiser(chain_prev, embeddings[denoising_index], condition).float()
-        mean, _ = self.process.transition(chain_prev, output, denoising_index + self.first_ft_position, self.eta)
-        return gaussian_log_prob(chain_next, mean, self._log_prob_std()[denoising_index][:, None, None])
+            embeddings = denoiser.embed_timesteps(self.process.timesteps[self.first_ft_position :])
+            output = denoiser(chain_prev, embeddings[denoising_index], condition).float()
+        return self.process.transition(chain_prev, output, denoising_index + self.first_ft_position, self.eta)[0]
+
+    def pair_std(self, denoising_index: th.Tensor) -> th.Tensor:
+        """
+        :param denoising_index: Which steps, shape (N,).
+        :return: Their std in log-probabilities, shape (N, 1, 1).
+        """
+        return self._log_prob_std()[denoising_index][:, None, None]
 
     def chain_log_prob(self, obs: PyTorchObs, chain: th.Tensor) -> th.Tensor:
         """
@@ -544,7 +587,8 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         condition = self.encode(self.extract_features(obs)).repeat_interleave(n_steps, dim=0)
         denoising_index = th.arange(n_steps, device=chain.device).repeat(n_decisions)
         prev, following = chain[:, :-1].flatten(0, 1), chain[:, 1:].flatten(0, 1)
-        return self.pair_log_prob(condition, prev, following, denoising_index).view_as(chain[:, 1:])
+        mean = self.pair_mean(self.denoiser, condition, prev, denoising_index)
+        return gaussian_log_prob(following, mean, self.pair_std(denoising_index)).view_as(chain[:, 1:])
 
     def bc_loss(
         self, obs: PyTorchObs, actions: th.Tensor, timesteps: th.Tensor | None = None, noise: th.Tensor | None = None
@@ -620,7 +664,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         :return: Actions for the env, shape (B, Tp, *action_space.shape).
         """
         if not deterministic or self.deterministic_noise == "random":
-            noise = self.draw_noise(len(obs), self.generator)
+            noise = self.draw_noise(batch_size_of(obs), self.generator)
         else:
             noise = self._deterministic_noise(obs)
         return self.unnormalize_actions(self.sample_chain(obs, deterministic, noise).actions)
@@ -630,13 +674,18 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         :param obs: Observations, shape (B, ...).
         :return: Noise that depends on nothing but each observation, shape (S+1, B, Tp, Da).
         """
-        shape = (self.inference_steps + 1, len(obs), self.horizon, self.action_dim)
+        n_decisions = batch_size_of(obs)
+        shape = (self.inference_steps + 1, n_decisions, self.horizon, self.action_dim)
         if self.deterministic_noise == "zero":
             return th.zeros(shape, device=self.device)
+        parts = [obs[key] for key in sorted(obs)] if isinstance(obs, dict) else [obs]
+        arrays = [part.cpu().numpy() for part in parts]
         noise = np.empty(shape, dtype=np.float32)
-        for row, row_obs in enumerate(obs.cpu().numpy()):  # type: ignore[union-attr]
-            # Adding 0 turns -0.0 into 0.0, which is the same observation.
-            seed = zlib.crc32((row_obs.astype(np.float32) + 0.0).tobytes())
+        for row in range(n_decisions):
+            seed = 0
+            for array in arrays:
+                # Adding 0 turns -0.0 into 0.0, which is the same observation.
+                seed = zlib.crc32((array[row].astype(np.float32) + 0.0).tobytes(), seed)
             noise[:, row] = np.random.default_rng(seed).standard_normal(noise[:, row].shape, dtype=np.float32)
         return th.as_tensor(noise, device=self.device)
 
@@ -678,7 +727,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
                 "or use the VecEnv API, whose reset() returns observations only."
             )
         obs_tensor, vectorized_env = self.obs_to_tensor(observation)
-        n_envs = len(obs_tensor)
+        n_envs = batch_size_of(obs_tensor)
         if state is None:
             chunks = self.empty_chunks(n_envs, self.act_steps)
             n_executed = np.full(n_envs, self.act_steps)
@@ -692,7 +741,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         if episode_start is not None:
             must_plan = must_plan | np.asarray(episode_start, dtype=bool)
         if must_plan.any():
-            planned = self.plan(obs_tensor[th.as_tensor(must_plan)], deterministic)  # type: ignore[index]
+            planned = self.plan(take(obs_tensor, th.as_tensor(must_plan)), deterministic)
             chunks[must_plan] = planned[:, : self.act_steps]
             n_executed[must_plan] = 0
         actions = chunks[np.arange(n_envs), n_executed]
@@ -719,6 +768,22 @@ class DiffusionMlpPolicy(DiffusionActorCriticPolicy):
         )
 
 
+class DiffusionCnnPolicy(DiffusionMlpPolicy):
+    __doc__ = DiffusionActorCriticPolicy.__doc__
+
+    def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN, **kwargs: Any) -> None:
+        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)  # type: ignore[misc]
+
+
+class DiffusionMultiInputPolicy(DiffusionMlpPolicy):
+    __doc__ = DiffusionActorCriticPolicy.__doc__
+
+    def __init__(
+        self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)  # type: ignore[misc]
+
+
 class DiffusionUnetPolicy(DiffusionActorCriticPolicy):
     __doc__ = DiffusionActorCriticPolicy.__doc__
 
@@ -739,9 +804,28 @@ class DiffusionUnetPolicy(DiffusionActorCriticPolicy):
         return UnetDenoiser(self.action_dim, self.horizon, self.features_dim, levels, activation_fn=self.activation_fn)
 
 
-def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
+class DiffusionTransformerPolicy(DiffusionActorCriticPolicy):
+    __doc__ = DiffusionActorCriticPolicy.__doc__
+
+    def __init__(self, *args: Any, horizon: int = 4, **kwargs: Any) -> None:
+        # Attention has nothing to do on a chunk of one action.
+        super().__init__(*args, horizon=horizon, **kwargs)  # type: ignore[misc]
+
+    @staticmethod
+    def _default_net_arch() -> dict[str, list[int]]:
+        return dict(pi=[128, 128], vf=[256, 256, 256])
+
+    def _make_denoiser(self) -> Denoiser:
+        arguments = self._constructor_parameters
+        for name in ("layer_norm", "obs_encoder_arch"):
+            if arguments[name]:
+                raise ValueError(f"{name}={arguments[name]} is a setting of DiffusionMlpPolicy: the transformer has its own.")
+        layers: Sequence[int] = self.net_arch["pi"]  # type: ignore[call-overload]
+        return TransformerDenoiser(self.action_dim, self.horizon, self.features_dim, self.denoising_steps, layers)
+
+
+def check_action_space(action_space: spaces.Space) -> None:
     """
-    :param observation_space: Observation space of an env.
     :param action_space: Action space of an env.
     :raises ValueError: if a diffusion policy can't act in it, saying what can be done.
     """
@@ -760,16 +844,4 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
         raise ValueError(
             f"env has the action space {action_space} with infinite bounds, but chunks are scaled to the bounds: "
             "wrap the env in gymnasium.wrappers.RescaleAction or set finite low and high."
-        )
-    if isinstance(observation_space, (spaces.Dict, spaces.Tuple)):
-        raise ValueError(
-            f"env has the observation space {observation_space}, but these policies take a flat one: "
-            "wrap the env in gymnasium.wrappers.FlattenObservation."
-        )
-    if isinstance(observation_space, spaces.Discrete) and observation_space.start != 0:
-        raise ValueError(f"env has the observation space {observation_space}, but it must start at 0: shift it in a wrapper.")
-    if is_image_space(observation_space):
-        raise ValueError(
-            f"env has the image observation space {observation_space}, but these policies are for state observations: "
-            "use an env, or a wrapper, that gives state vectors."
         )

@@ -1,15 +1,21 @@
 """Reading demonstrations."""
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
+import torch as th
 
-from sb3_dppo import Demonstrations, load_demonstrations
-from sb3_dppo.demonstrations import bundled_demonstrations
+from sb3_dppo import BC, DPPO, Demonstrations, load_demonstrations
+from sb3_dppo.demonstrations import bundled_demonstrations, collect_demonstrations, describe
+from tests.envs import CountingEnv
 
 
 def arrays(**changes: Any) -> dict[str, Any]:
@@ -139,8 +145,9 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="can't be read as .npz"):
         load_demonstrations(tmp_path / "text.npz")
     (tmp_path / "d.csv").write_text("1,2")
-    with pytest.raises(ValueError, match="not an .npz file"):
-        load_demonstrations(tmp_path / "d.csv")
+    for path in (tmp_path / "d.csv", tmp_path):
+        with pytest.raises(ValueError, match="not an .npz file, a robomimic file.*LeRobot folder"):
+            load_demonstrations(path)
     with pytest.raises(ValueError, match="neither a bundled set.*hopper-medium.*Minari"):
         load_demonstrations("hopper-expert")
     with pytest.raises(TypeError, match="Minari dataset, not int"):
@@ -162,3 +169,393 @@ def test_normalization_where_it_does_not_belong(tmp_path: Path) -> None:
 def test_demonstrations_are_checked_when_made_by_hand() -> None:
     with pytest.raises(ValueError, match="adds up to 3"):
         Demonstrations(np.zeros((4, 2)), np.zeros((4, 1)), np.array([3]))
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    demonstrations = Demonstrations(
+        rng.uniform(-0.5, 0.5, (9, 3)).astype(np.float32),
+        rng.uniform(-0.5, 0.5, (9, 2)).astype(np.float32),
+        np.array([2, 3, 4]),
+        rewards=np.arange(9.0),
+        terminals=np.arange(9) == 4,
+        env_id="Some-v0",
+        truncations=np.arange(9) == 1,
+    )
+    # Small values beside such a file would otherwise be taken for normalised ones.
+    ranges = dict(obs_min=np.zeros(3), obs_max=np.ones(3), action_min=np.zeros(2), action_max=np.ones(2))
+    (tmp_path / "new").mkdir()
+    np.savez(tmp_path / "new" / "normalization.npz", **ranges)
+    path = tmp_path / "new" / "folder" / ".." / "d.npz"
+    demonstrations.save(path)
+    loaded = load_demonstrations(path)
+    assert loaded.env_id == "Some-v0"
+    for name in ("observations", "actions", "traj_lengths", "rewards", "terminals", "truncations"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(demonstrations, name))
+    with pytest.raises(ValueError, match="d.npz is in the env's units"):
+        load_demonstrations(path, normalization=tmp_path / "new" / "normalization.npz")
+    Demonstrations(np.zeros((2, 3)), np.zeros((2, 1)), np.array([2])).save(path)
+    loaded = load_demonstrations(path)
+    assert loaded.env_id is None and loaded.rewards is None and loaded.terminals is None and loaded.truncations is None
+    with pytest.raises(ValueError, match=r"path='.*d.hdf5' must end in .npz"):
+        demonstrations.save(tmp_path / "d.hdf5")
+
+
+def test_first_episodes() -> None:
+    demonstrations = load_demonstrations("hopper-medium")
+    first = demonstrations.first(3)
+    assert first.n_episodes == 3 and len(first) == demonstrations.traj_lengths[:3].sum()
+    np.testing.assert_array_equal(first.returns, demonstrations.returns[:3])  # type: ignore[index]
+    assert first.terminals is not None and len(first.terminals) == len(first) and first.env_id == "Hopper-v5"
+    assert demonstrations.first(1000).n_episodes == demonstrations.n_episodes
+    with pytest.raises(ValueError, match="n_episodes=0 must be at least 1"):
+        demonstrations.first(0)
+
+
+def test_constant_columns_survive_behaviour_cloning() -> None:
+    env = CountingEnv()  # two of its three observations never change
+    demonstrations = collect_demonstrations(env, lambda obs, *_: (np.array([np.sin(obs[0]), -0.25]), None), 5)
+    assert "constant      observations[1], observations[2], actions[1]" in describe(demonstrations)
+    policy_kwargs = dict(net_arch=dict(pi=[32], vf=[16]), denoising_steps=5, horizon=4)
+    model = DPPO("DiffusionMlpPolicy", CountingEnv(), n_steps=16, batch_size=20, policy_kwargs=policy_kwargs, seed=0)
+    BC(model, demonstrations).train(2, progress_bar=False)
+    assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
+    features = model.policy.extract_features(th.as_tensor(demonstrations.observations))
+    assert (features[:, 1:] == 0).all() and features[:, 0].abs().max() == pytest.approx(1, abs=1e-5)
+    assert model.policy.normalize_actions(th.as_tensor(demonstrations.actions)).abs().max() <= 1.00001
+    actions = model.predict(demonstrations.observations.astype(np.float64))[0]
+    np.testing.assert_allclose(actions[:, 1], -0.25, atol=1e-5)
+    model.learn(16)
+
+
+# ---------------------------------------------------------------------- robomimic
+
+
+def write_robomimic(path: Path, lengths: tuple[int, ...] = (4, 3, 5), images: bool = True) -> dict[str, list[np.ndarray]]:
+    """A file as robomimic's are; returns what is in it, per episode."""
+    rng = np.random.default_rng(0)
+    content: dict[str, list[np.ndarray]] = {}
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["env_args"] = json.dumps(dict(env_name="Lift", type=1, env_kwargs={}))
+        data.attrs["total"] = sum(lengths)
+        for i, length in enumerate(lengths):
+            episode = data.create_group(f"demo_{i}")
+            episode.attrs["num_samples"] = length
+            values = {
+                "obs/robot0_eef_pos": rng.normal(size=(length, 3)),
+                "obs/object": rng.normal(size=(length, 2)),
+                "obs/gripper": rng.normal(size=length),
+                "actions": rng.uniform(-1, 1, (length, 2)),
+                "rewards": rng.normal(size=length),
+                "dones": (np.arange(length) == length - 1).astype(np.int64),
+                "states": rng.normal(size=(length, 9)),
+            }
+            if images:
+                values["obs/agentview_image"] = np.zeros((length, 8, 8, 3), dtype=np.uint8)
+            for name, array in values.items():
+                episode[name] = array
+                content.setdefault(name, []).append(array)
+            episode.create_group("next_obs")
+        file["mask/train"] = np.array([b"demo_2", b"demo_0"])
+        file["mask/gone"] = np.array([b"demo_77"])
+    return content
+
+
+def test_robomimic(tmp_path: Path) -> None:
+    lengths = (4, 3, 5, 1, 2, 2, 2, 2, 2, 2, 6)
+    content = write_robomimic(tmp_path / "lift.hdf5", lengths)
+    demonstrations = load_demonstrations(tmp_path / "lift.hdf5")
+    # demo_10 is the last one, and not after demo_1.
+    assert demonstrations.traj_lengths.tolist() == list(lengths)
+    np.testing.assert_allclose(demonstrations.actions, np.concatenate(content["actions"]), rtol=1e-6)
+    # gripper, object, robot0_eef_pos
+    assert demonstrations.observations.shape == (sum(lengths), 6) and demonstrations.observations.dtype == np.float32
+    np.testing.assert_allclose(demonstrations.observations[:, 0], np.concatenate(content["obs/gripper"]), rtol=1e-6)
+    np.testing.assert_allclose(demonstrations.observations[:, 1:3], np.concatenate(content["obs/object"]), rtol=1e-6)
+    np.testing.assert_allclose(demonstrations.returns, [rewards.sum() for rewards in content["rewards"]], rtol=1e-5)
+    assert demonstrations.terminals is not None
+    assert np.flatnonzero(demonstrations.terminals).tolist() == (np.cumsum(lengths) - 1).tolist()
+    assert demonstrations.env_id is None
+
+
+def test_robomimic_keys_and_subsets(tmp_path: Path) -> None:
+    content = write_robomimic(tmp_path / "lift.h5")
+    keys = ["robot0_eef_pos", "gripper"]
+    demonstrations = load_demonstrations(str(tmp_path / "lift.h5"), obs_keys=keys, filter_key="train")
+    assert demonstrations.traj_lengths.tolist() == [4, 5]
+    expected = [np.column_stack([content[f"obs/{key}"][i] for key in keys]) for i in (0, 2)]
+    np.testing.assert_allclose(demonstrations.observations, np.concatenate(expected), rtol=1e-6)
+
+
+def test_robomimic_without_rewards(tmp_path: Path) -> None:
+    path = tmp_path / "d.hdf5"
+    write_robomimic(path)
+    with h5py.File(path, "a") as file:
+        for i in range(3):
+            del file[f"data/demo_{i}/rewards"], file[f"data/demo_{i}/dones"]
+    demonstrations = load_demonstrations(path)
+    assert demonstrations.rewards is None and demonstrations.terminals is None
+
+
+def _set(name: str, value: Any = None) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        if name in file:
+            del file[name]
+        if value is not None:
+            file[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change,kwargs,message",
+    [
+        (_set("data"), {}, r"d.hdf5 lacks the group data.*\['mask'\]"),
+        (_set("data", np.zeros(3)), {}, "lacks the group data"),
+        (_set("data/extra", np.zeros(3)), {}, r"data holds \['extra'\], but episodes must be called demo_0"),
+        (_set("data/demo_1/actions"), {}, "d.hdf5 lacks the dataset data/demo_1/actions; there are.*'obs'"),
+        (_set("data/demo_1/actions", np.zeros((0, 2))), {}, "data/demo_1/actions has 0 rows, not at least one"),
+        (_set("data/demo_1/actions", np.zeros((2, 2))), {}, "data/demo_1/obs/gripper has 3 rows, not 2, one per action"),
+        (_set("data/demo_1/actions", np.zeros((3, 4))), {}, "data/demo_1/actions has 4 columns, but 2 in other episodes"),
+        (_set("data/demo_1/actions", [b"a", b"b", b"c"]), {}, "data/demo_1/actions must be numbers"),
+        (_set("data/demo_0/actions", 3.0), {}, "data/demo_0/actions must be numbers, one row per transition"),
+        (_set("data/demo_0/obs"), {}, "lacks the group data/demo_0/obs; extract observations with.*dataset_states_to_obs"),
+        (_set("data/demo_2/obs"), {}, "lacks the dataset data/demo_2/obs/gripper"),
+        (_set("data/demo_2/obs/object"), {}, r"lacks the dataset data/demo_2/obs/object; there are.*'gripper'"),
+        (_set("data/demo_2/obs/object", np.zeros((5, 7))), {}, "data/demo_2/obs has 11 columns, but 6 in other episodes"),
+        (_set("data/demo_2/rewards"), {}, "lacks the dataset data/demo_2/rewards"),
+        (_set("data/demo_2/rewards", np.zeros((5, 2))), {}, "data/demo_2/rewards has 2 columns, not one"),
+        (_set("data/demo_0/obs/object", np.full((4, 2), np.nan)), {}, "states is NaN or infinite in transition 0"),
+        (_set("mask"), dict(filter_key="train"), r"filter_key='train' is not in .*d.hdf5, whose mask holds \[\]"),
+        (_set("none"), dict(filter_key="valid"), r"filter_key='valid'.*\['gone', 'train'\]"),
+        (_set("none"), dict(filter_key="gone"), r"mask/gone names \['demo_77'\], which data does not hold"),
+        (_set("none"), dict(obs_keys=["agentview_image"]), "agentview_image has the shape .*as images have"),
+        (_set("none"), dict(obs_keys=["object", "camera"]), "lacks the dataset data/demo_0/obs/camera; there are.*'object'"),
+        (_set("none"), dict(obs_keys=[]), r"obs_keys=\[\] must be a list with at least one name"),
+        (_set("none"), dict(obs_keys="object"), "obs_keys='object' must be a list"),
+        (_set("none"), dict(normalization="n.npz"), "normalization='n.npz' is for normalised .npz files"),
+    ],
+)
+def test_malformed_robomimic(
+    change: Callable[[h5py.File], None], kwargs: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_robomimic(tmp_path / "d.hdf5")
+    with h5py.File(tmp_path / "d.hdf5", "a") as file:
+        change(file)
+    with pytest.raises(ValueError, match=message):
+        load_demonstrations(tmp_path / "d.hdf5", **kwargs)
+
+
+def test_files_that_are_not_robomimic(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none.hdf5 does not exist"):
+        load_demonstrations(tmp_path / "none.hdf5")
+    (tmp_path / "text.hdf5").write_text("hello")
+    with pytest.raises(ValueError, match="text.hdf5 can't be read as HDF5"):
+        load_demonstrations(tmp_path / "text.hdf5")
+    with h5py.File(tmp_path / "images.hdf5", "w") as file:
+        file["data/demo_0/actions"] = np.zeros((2, 1))
+        file["data/demo_0/obs/camera"] = np.zeros((2, 4, 4, 3))
+    with pytest.raises(ValueError, match=r"data/demo_0/obs holds no vectors, only \['camera'\]"):
+        load_demonstrations(tmp_path / "images.hdf5")
+    with h5py.File(tmp_path / "empty.hdf5", "w") as file:
+        file.create_group("data")
+    with pytest.raises(ValueError, match="data holds no episodes"):
+        load_demonstrations(tmp_path / "empty.hdf5")
+    whole = tmp_path / "whole.hdf5"
+    write_robomimic(whole, (300, 300))
+    (tmp_path / "cut.hdf5").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(ValueError, match="cut.hdf5 can't be read as HDF5"):
+        load_demonstrations(tmp_path / "cut.hdf5")
+
+
+# ---------------------------------------------------------------------- LeRobot
+
+
+def lerobot_frames(lengths: tuple[int, ...]) -> dict[str, np.ndarray]:
+    rng, n = np.random.default_rng(0), sum(lengths)
+    last = np.cumsum(lengths) - 1
+    return {
+        "observation.state": rng.normal(size=(n, 3)).astype(np.float32),
+        "observation.environment_state": rng.normal(size=(n, 2)).astype(np.float32),
+        "observation.gripper": rng.normal(size=n).astype(np.float32),  # shape (1,) is stored as a number
+        "action": rng.uniform(-1, 1, (n, 2)).astype(np.float32),
+        "episode_index": np.repeat(np.arange(len(lengths)), lengths),
+        "frame_index": np.concatenate([np.arange(length) for length in lengths]),
+        "index": np.arange(n),
+        "timestamp": np.arange(n, dtype=np.float32) / 10,
+        "next.reward": rng.normal(size=n).astype(np.float32),
+        "next.done": np.isin(np.arange(n), last),
+    }
+
+
+def write_lerobot(
+    folder: Path,
+    frames: dict[str, np.ndarray],
+    parts: list[np.ndarray],
+    info: dict[str, Any] | None = None,
+    name: str = "file",
+) -> Path:
+    """A folder as LeRobot's are, each part of the frames in a file of its own."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    features = {
+        key: dict(dtype=str(values.dtype), shape=list(values.shape[1:]) or [1], names=None) for key, values in frames.items()
+    }
+    features["observation.images.top"] = dict(dtype="video", shape=[48, 64, 3], names=["height", "width", "channel"])
+    features["observation.map"] = dict(dtype="float32", shape=[4, 4], names=None)
+    content = dict(codebase_version="v3.0", fps=10, total_frames=len(frames["index"]), features=features)
+    (folder / "meta").mkdir(parents=True)
+    (folder / "meta" / "info.json").write_text(json.dumps({**content, **(info or {})}))
+    for i, rows in enumerate(parts):
+        # Both ways in which lists occur.
+        columns = {
+            key: pa.array(list(values[rows]), type=pa.list_(pa.float32(), values.shape[1] if i % 2 == 0 else -1))
+            if values.ndim == 2
+            else pa.array(values[rows])
+            for key, values in frames.items()
+        }
+        (folder / "data" / f"chunk-{i:03d}").mkdir(parents=True)
+        pq.write_table(pa.table(columns), folder / "data" / f"chunk-{i:03d}" / f"{name}-000.parquet", row_group_size=4)
+    return folder
+
+
+def test_lerobot(tmp_path: Path) -> None:
+    lengths = (4, 3, 5)
+    frames = lerobot_frames(lengths)
+    # An episode can go on in the next file, and files need not be in order.
+    parts = [np.arange(6, 12), np.arange(6)]
+    folder = write_lerobot(tmp_path / "pusht", frames, parts)
+    demonstrations = load_demonstrations(folder)
+    assert demonstrations.traj_lengths.tolist() == list(lengths) and demonstrations.env_id is None
+    np.testing.assert_array_equal(demonstrations.observations, frames["observation.state"])
+    np.testing.assert_array_equal(demonstrations.actions, frames["action"])
+    np.testing.assert_array_equal(demonstrations.rewards, frames["next.reward"])
+    np.testing.assert_array_equal(demonstrations.terminals, frames["next.done"])
+    keys = ["observation.environment_state", "observation.state", "observation.gripper"]
+    demonstrations = load_demonstrations(str(folder), obs_keys=keys)
+    np.testing.assert_array_equal(demonstrations.observations, np.column_stack([frames[key] for key in keys]))
+    # An episode per file, as before version 3, without rewards.
+    without = {name: values for name, values in frames.items() if not name.startswith("next")}
+    folder = write_lerobot(tmp_path / "v2", without, [np.arange(7), np.arange(7, 12)], name="episode")
+    demonstrations = load_demonstrations(folder)
+    assert demonstrations.traj_lengths.tolist() == list(lengths)
+    assert demonstrations.rewards is None and demonstrations.terminals is None
+
+
+@pytest.mark.parametrize(
+    "changes,info,kwargs,message",
+    [
+        ({}, {}, dict(obs_keys=["observation.images.top"]), r"top is of dtype video.*Only vectors.*'observation.state'\]"),
+        ({}, {}, dict(obs_keys=["observation.map"]), r"map is of dtype float32 and shape \(4, 4\)"),
+        ({}, {}, dict(obs_keys=["observation.none"]), "no feature 'observation.none'; there are.*choose obs_keys"),
+        ({}, {}, dict(filter_key="train"), "filter_key='train' is for robomimic files"),
+        ({}, dict(total_frames=13), {}, "data has 12 frames, but .*info.json 13"),
+        ({}, dict(features=[]), {}, "info.json must be a JSON object with features"),
+        ({}, dict(features=None), {}, "info.json must be a JSON object with features"),
+        (
+            dict(frame_index=np.array([0, 1, 2, 2, 0, 1, 2, 0, 1, 2, 3, 4])),
+            {},
+            {},
+            "frame_index of episode 0 must count 0 … 3",
+        ),
+        (
+            dict(frame_index=np.array([0, 1, 2, 3, 0, 1, 2, 1, 2, 3, 4, 5])),
+            {},
+            {},
+            "frame_index of episode 2 must count 0 … 4",
+        ),
+        (dict(episode_index=None), {}, {}, r"parquet can't be read.*lacks \['episode_index'\]"),
+        (dict(action=np.array(["a"] * 12)), {}, {}, "action must hold numbers"),
+        (dict(action=None), {}, {}, "has no feature 'action'"),
+        (dict(action=np.full((12, 2), np.nan)), {}, {}, "actions is NaN or infinite in transition 0"),
+    ],
+)
+def test_malformed_lerobot(
+    changes: dict[str, Any], info: dict[str, Any], kwargs: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    frames = {name: values for name, values in {**lerobot_frames((4, 3, 5)), **changes}.items() if values is not None}
+    folder = write_lerobot(tmp_path / "pusht", frames, [np.arange(12)], info)
+    with pytest.raises(ValueError, match=message):
+        load_demonstrations(folder, **kwargs)
+
+
+def test_lerobot_with_broken_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder = write_lerobot(tmp_path / "pusht", lerobot_frames((4, 3)), [np.arange(7)])
+    path = folder / "data" / "chunk-000" / "file-000.parquet"
+    table = pq.read_table(path)
+    for values, message in (
+        ([[0.0], [1.0, 2.0]] + [[0.0]] * 5, "action must hold numbers, equally many in every frame"),
+        ([None] + [[0.0, 1.0]] * 6, "action must hold numbers, equally many"),
+        ([[0.0, None]] + [[0.0, 1.0]] * 6, "action has missing values"),
+    ):
+        i = table.schema.get_field_index("action")
+        pq.write_table(table.set_column(i, "action", pa.array(values, type=pa.list_(pa.float32()))), path)
+        with pytest.raises(ValueError, match=f"file-000.parquet: {message}"):
+            load_demonstrations(folder)
+    pq.write_table(table.slice(0, 0), path)
+    with pytest.raises(ValueError, match="holds no frames"):
+        load_demonstrations(folder)
+    path.write_text("hello")
+    with pytest.raises(ValueError, match="file-000.parquet can't be read"):
+        load_demonstrations(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match="the data was not downloaded"):
+        load_demonstrations(folder)
+    (folder / "meta" / "info.json").write_text("{")
+    with pytest.raises(ValueError, match="info.json must be a JSON object"):
+        load_demonstrations(folder)
+
+
+def test_lerobot_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_lerobot(tmp_path / "pusht", lerobot_frames((4, 3)), [np.arange(7)])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"pip install 'sb3-dppo\[lerobot\]'"):
+        load_demonstrations(folder)
+
+
+# ---------------------------------------------------------------------- trajectories
+
+
+def trajectory(length: int = 3, **changes: Any) -> SimpleNamespace:
+    rng = np.random.default_rng(length)
+    fields = dict(
+        obs=rng.normal(size=(length + 1, 2)),
+        acts=rng.normal(size=(length, 1)),
+        rews=rng.normal(size=length),
+        terminal=True,
+        infos=None,
+    )
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def test_trajectories() -> None:
+    trajectories = [trajectory(3), trajectory(5, terminal=False)]
+    demonstrations = load_demonstrations(trajectories)
+    assert demonstrations.traj_lengths.tolist() == [3, 5]
+    np.testing.assert_allclose(demonstrations.observations[3:], trajectories[1].obs[:-1], rtol=1e-6)
+    np.testing.assert_allclose(demonstrations.actions[:3], trajectories[0].acts, rtol=1e-6)
+    np.testing.assert_allclose(demonstrations.returns, [t.rews.sum() for t in trajectories], rtol=1e-5)
+    assert demonstrations.terminals is not None and demonstrations.terminals.tolist() == [False, False, True] + [False] * 5
+    without = SimpleNamespace(obs=np.zeros((3, 2)), acts=np.zeros(2))
+    demonstrations = load_demonstrations((trajectory(3), without))
+    assert demonstrations.rewards is None and demonstrations.terminals is None and demonstrations.actions.shape == (5, 1)
+
+
+@pytest.mark.parametrize(
+    "trajectories,message",
+    [
+        ([], "source is an empty list"),
+        (["a.npz"], r"source\[0\].obs must be an array of numbers, not NoneType: a list must hold trajectories"),
+        ([trajectory(obs=dict(camera=1))], r"source\[0\].obs must be an array of numbers, not dict.*without Dict"),
+        ([trajectory(), trajectory(obs=np.zeros((3, 2)))], r"source\[1\] has 3 obs and 3 acts.*one observation more"),
+        ([trajectory(acts=np.zeros((0, 1)), obs=np.zeros((1, 2)))], "has 1 obs and 0 acts: there must be at least one"),
+        ([trajectory(), trajectory(obs=np.zeros((4, 5)))], r"source\[1\] has other shapes, obs \(4, 5\)"),
+        ([trajectory(rews=np.zeros(2))], r"source\[0\].rews has the shape \(2,\), not \(3,\)"),
+    ],
+)
+def test_malformed_trajectories(trajectories: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_demonstrations(trajectories)
+    with pytest.raises(ValueError, match="obs_keys=.* is for robomimic files and LeRobot folders, not for source='list'"):
+        load_demonstrations(trajectories, obs_keys=["obs"])

@@ -15,6 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 
 from sb3_dppo import DPPO
 from sb3_dppo.buffers import DenoisingRolloutBufferSamples
+from sb3_dppo.denoising import gaussian_log_prob
 from tests.envs import CountingEnv, NanEnv
 
 SMALL = dict(net_arch=dict(pi=[16], vf=[16]), denoising_steps=4, horizon=4)
@@ -153,7 +154,16 @@ def test_loss_is_the_same_for_both_orders_and_starts_at_ratio_one() -> None:
     th.testing.assert_close(model.loss(samples)[0], loss)
     th.testing.assert_close(metrics["ratio"], th.tensor(1.0), rtol=1e-4, atol=1e-4)
     assert metrics["approx_kl"] < 1e-6 and metrics["clip_fraction"] == 0
-    assert set(metrics) == {"policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction", "ratio", "bc_loss", "eta"}
+    assert set(metrics) == {
+        "policy_gradient_loss",
+        "value_loss",
+        "approx_kl",
+        "clip_fraction",
+        "ratio",
+        "bc_loss",
+        "base_kl",
+        "eta",
+    }
 
 
 def test_log_probs_are_averaged_over_executed_actions_only() -> None:
@@ -163,9 +173,9 @@ def test_log_probs_are_averaged_over_executed_actions_only() -> None:
     n_executed = th.ones_like(samples.n_executed)
     spoiled = samples.chain_next.clone()
     spoiled[:, 1:] += 5.0  # actions that were not executed
-    log_prob = model.policy.pair_log_prob(
-        samples.observations[samples.decision_index], samples.chain_prev, samples.chain_next, samples.denoising_index
-    )
+    policy, index = model.policy, samples.denoising_index
+    mean = policy.pair_mean(policy.denoiser, samples.observations[samples.decision_index], samples.chain_prev, index)
+    log_prob = gaussian_log_prob(samples.chain_next, mean, policy.pair_std(index))
     old = log_prob.detach().clamp(-5, 2)[:, 0].mean(-1)
     loss_a = model.loss(samples._replace(n_executed=n_executed, old_log_prob=old))
     loss_b = model.loss(samples._replace(n_executed=n_executed, old_log_prob=old, chain_next=spoiled))
@@ -359,3 +369,104 @@ def test_nan_stops_with_env_and_step_and_leaves_checkpoints(tmp_path: Path) -> N
 def test_wrappers_of_gymnasium() -> None:
     env = gym.wrappers.RescaleAction(gym.make("Pendulum-v1"), np.float32(-1), np.float32(1))
     make_model(gym.wrappers.FlattenObservation(env)).learn(16)
+
+
+def test_kl_to_the_base_policy_in_closed_form() -> None:
+    model = make_model(kl_coef=0.5, ft_denoising_steps=2, learning_rate=1e-2)
+    model.pretrained_on_demonstrations = True
+    model.learn(16)
+    samples = next(model.rollout_buffer.get(None))
+    loss, metrics = model.loss(samples)
+    policy, index = model.policy, samples.denoising_index
+    obs = samples.observations[samples.decision_index]
+    means = [
+        policy.pair_mean(denoiser, obs, samples.chain_prev, index) for denoiser in (policy.denoiser, policy.base_denoiser)
+    ]
+    std = policy.pair_std(index).expand_as(means[0])
+    ours, base = (th.distributions.Normal(mean, std) for mean in means)
+    expected = th.distributions.kl_divergence(ours, base)
+    executed = th.arange(policy.horizon) < samples.n_executed[samples.decision_index][:, None]
+    expected = ((expected.mean(-1) * executed).sum(-1) / executed.sum(-1)).mean()
+    assert expected > 0
+    th.testing.assert_close(metrics["base_kl"], expected.detach(), rtol=1e-4, atol=1e-8)
+    model.kl_coef = 0.0
+    th.testing.assert_close(loss - model.loss(samples)[0], 0.5 * expected, rtol=1e-3, atol=1e-7)
+
+
+def test_a_large_kl_coef_keeps_the_policy_near_its_base() -> None:
+    def distance(kl_coef: float) -> float:
+        model = make_model(kl_coef=kl_coef, learning_rate=3e-3, n_epochs=10)
+        model.learn(64)
+        obs, noise = th.randn(50, 3), model.policy.draw_noise(50)
+        ours = model.policy.sample_chain(obs, noise=noise).actions
+        base = model.policy.sample_chain(obs, noise=noise, use_base=True).actions
+        return float((ours - base).abs().mean())
+
+    assert distance(100.0) < 0.5 * distance(0.0)
+
+
+def test_annealing_the_number_of_fine_tuned_steps(tmp_path: Path) -> None:
+    model = make_model(ft_denoising_anneal=(2, 1), learning_rate=1e-2)
+    steps: list[int] = []
+
+    class Watch(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_start(self) -> None:
+            steps.append(self.model.policy.ft_denoising_steps)
+
+    K = model.policy.ft_denoising_steps
+    model.learn(16 * 5, callback=Watch())
+    assert steps == [K, K, K - 1, K - 1, K - 2]
+    assert model.rollout_buffer.chains.shape[1] == K - 2 + 1
+    # The base is what had been learned when the last step was given up, and learning went on.
+    pairs = list(zip(model.policy.denoiser.parameters(), model.policy.base_denoiser.parameters(), strict=True))
+    assert any(not th.equal(left, right) for left, right in pairs)
+    before = [parameter.clone() for parameter in model.policy.denoiser.parameters()]
+    model.learn(16, reset_num_timesteps=False)
+    assert any(not th.equal(*pair) for pair in zip(before, model.policy.denoiser.parameters(), strict=True))
+    model.save(tmp_path / "model")
+    loaded = DPPO.load(tmp_path / "model", env=model.get_env())
+    assert loaded.policy.ft_denoising_steps == model.policy.ft_denoising_steps
+    loaded.learn(16 * 20, reset_num_timesteps=False)
+    assert loaded.policy.ft_denoising_steps == 1
+
+
+def test_annealing_does_not_change_what_the_policy_does() -> None:
+    model = make_model(learning_rate=1e-2)
+    model.learn(32)
+    obs, noise = th.randn(5, 3), model.policy.draw_noise(5)
+    before = model.policy.sample_chain(obs, noise=noise).actions
+    model._anneal(1)
+    th.testing.assert_close(model.policy.sample_chain(obs, noise=noise).actions, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lr_decay,expected",
+    [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 2 / 3, 1 / 3]), ("cosine", [0.5, 1, 0.75, 0.25])],
+)
+def test_learning_rates_warm_up_and_decay(lr_decay: str, expected: list[float]) -> None:
+    model = make_model(lr_decay=lr_decay, lr_warmup=0.25, learning_rate=0.1, critic_learning_rate=0.2)
+    factors = []
+    for done in (0.125, 0.25, 0.5, 0.75):
+        model._current_progress_remaining = 1 - done
+        factors.append(model._learning_rate_factor())
+    np.testing.assert_allclose(factors, expected, atol=1e-6)
+    model.learn(16)  # 16 of 16 steps: the end
+    rates = [group["lr"] for o in (model.policy.optimizer, model.policy.critic_optimizer) for group in o.param_groups]
+    np.testing.assert_allclose(rates, [0.1, 0.2] if lr_decay == "constant" else [0, 0], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "kwargs,message",
+    [
+        (dict(lr_decay="cos"), "lr_decay='cos' is unknown"),
+        (dict(lr_warmup=1.0), "lr_warmup=1.0 must be"),
+        (dict(ft_denoising_anneal=(0, 1)), "ft_denoising_anneal=.0, 1. must be two positive"),
+        (dict(shuffle="rows"), "shuffle='rows' is unknown"),
+    ],
+)
+def test_bad_schedules_are_refused(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model(**kwargs)

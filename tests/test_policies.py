@@ -316,7 +316,7 @@ def test_unet_errors() -> None:
         (BOX, spaces.Box(-3, 3, (2,), np.int32), "floating-point"),
         (spaces.Discrete(4, start=1), spaces.Box(-1, 1, (2,)), "start at 0"),
         (spaces.Dict(a=BOX), spaces.Box(-1, 1, (2,)), "FlattenObservation"),
-        (spaces.Box(0, 255, (36, 36, 3), np.uint8), spaces.Box(-1, 1, (2,)), "image"),
+        (spaces.Box(0, 255, (36, 36, 3), np.uint8), spaces.Box(-1, 1, (2,)), "DiffusionCnnPolicy"),
     ],
 )
 def test_space_errors(observation_space: spaces.Space, action_space: spaces.Space, message: str) -> None:

@@ -1,0 +1,79 @@
+"""Observations of envs: one tensor (or array), or a dictionary of them, and what a policy's features extractor takes."""
+
+from typing import Any, TypeVar
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
+
+Obs = TypeVar("Obs")
+
+
+def batch_size_of(obs: Any) -> int:
+    """
+    :param obs: Observations, shape (B, ...), or a dictionary of these.
+    :return: B.
+    """
+    return len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
+
+
+def take(obs: Obs, index: Any) -> Obs:
+    """
+    :param obs: Observations, shape (B, ...), or a dictionary of these.
+    :param index: Which rows: numbers, a mask or a slice.
+    :return: These rows.
+    """
+    return {key: value[index] for key, value in obs.items()} if isinstance(obs, dict) else obs[index]  # type: ignore[return-value, index]
+
+
+def stack(observations: list[Any]) -> Any:
+    """
+    :param observations: Single observations, as arrays or as dictionaries of arrays.
+    :return: One batch of them.
+    """
+    if isinstance(observations[0], dict):
+        return {key: np.stack([obs[key] for obs in observations]) for key in observations[0]}
+    return np.stack(observations)
+
+
+def vector_keys(observation_space: spaces.Space) -> dict[str, spaces.Box]:
+    """
+    :param observation_space: A ``Box``, or a ``Dict`` of spaces.
+    :return: The boxes that hold vectors and no images, under the empty key for a ``Box``: what can be normalised by ranges.
+    """
+    parts = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+    return {key: space for key, space in parts.items() if isinstance(space, spaces.Box) and not is_image_space(space)}
+
+
+def check_observation_space(observation_space: spaces.Space, features_extractor_class: Any) -> None:
+    """
+    :param observation_space: Observation space of an env.
+    :param features_extractor_class: The policy's features extractor. One of a user's own is taken as it is.
+    :raises ValueError: if the extractor can't take the space, saying what can be done.
+    """
+    env_has = f"env has the observation space {observation_space}"
+    if isinstance(observation_space, spaces.Discrete) and observation_space.start != 0:
+        raise ValueError(f"{env_has}, but it must start at 0: shift it in a wrapper.")
+    if isinstance(observation_space, spaces.Tuple):
+        raise ValueError(f"{env_has}: wrap the env in gymnasium.wrappers.FlattenObservation, or make it a Dict.")
+    is_dict = isinstance(observation_space, spaces.Dict)
+    is_image = is_image_space(observation_space)
+    if features_extractor_class is FlattenExtractor:
+        if is_dict:
+            raise ValueError(
+                f"{env_has}, but this policy takes a flat one: use DiffusionMultiInputPolicy, or wrap the env in "
+                "gymnasium.wrappers.FlattenObservation."
+            )
+        if is_image:
+            raise ValueError(f"{env_has}, an image, but this policy is for vectors: use DiffusionCnnPolicy.")
+    elif features_extractor_class is NatureCNN and not is_image:
+        raise ValueError(
+            f"{env_has}, but DiffusionCnnPolicy is for images (uint8, 0 to 255, at least 36 × 36): use "
+            f"{'DiffusionMultiInputPolicy' if is_dict else 'DiffusionMlpPolicy'}."
+        )
+    elif features_extractor_class is CombinedExtractor and not is_dict:
+        raise ValueError(
+            f"{env_has}, but DiffusionMultiInputPolicy is for a Dict: use "
+            f"{'DiffusionCnnPolicy' if is_image else 'DiffusionMlpPolicy'}."
+        )
