@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -544,11 +545,12 @@ def peak_memory(device: str) -> float:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import speed\n"
         f"model = speed.make_model(device={device!r}, n_epochs=1); speed.rollout(model); model.train()\n"
-        "import resource, torch\n"
-        f"print(torch.cuda.max_memory_allocated() if {device!r} == 'cuda' else "
-        "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        "import re, torch\n"
+        # Not ru_maxrss, which a process inherits from the one that started it.
+        "peak = 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        f"print(torch.cuda.max_memory_allocated() if {device!r} == 'cuda' else peak)"
     )
-    folder = str(__import__("pathlib").Path(__file__).parent)
+    folder = str(Path(__file__).parent)
     output = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True).stdout
     return float(output.split()[-1])
 
