@@ -11,7 +11,7 @@ from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import PyTorchObs, TensorDict
 
-from sb3_dppo.observations import take
+from sb3_dppo.observations import parts_of, take
 
 # Range of elementwise log-densities that enter a probability ratio (the reference implementation's).
 LOG_PROB_RANGE = (-5.0, 2.0)
@@ -252,7 +252,7 @@ class DenoisingRolloutBuffer(BaseBuffer):
         rows = slice(self.pos, self.pos + len(env_index))
         if rows.stop > self.capacity:
             self._allocate(max(2 * self.capacity, rows.stop))
-        for target, part in zip(_parts(self.observations), _parts(obs), strict=True):
+        for target, part in zip(parts_of(self.observations), parts_of(obs), strict=True):
             target[rows] = part.reshape(len(env_index), *target.shape[1:])
         self.chains[rows] = chain
         self.log_probs[rows] = log_prob.clamp(*LOG_PROB_RANGE).mean(dim=-1)
@@ -377,14 +377,6 @@ class DenoisingRolloutBuffer(BaseBuffer):
             old_log_prob=mean_log_prob(old_log_probs[..., None], self.executed[decision_index]),
             value_index=value_index,
         )
-
-
-def _parts(observations: PyTorchObs) -> list[th.Tensor]:
-    """
-    :param observations: Observations, or a dictionary of these.
-    :return: The tensors, by sorted key.
-    """
-    return [observations[key] for key in sorted(observations)] if isinstance(observations, dict) else [observations]
 
 
 def equal_slices(n: int, n_slices: int, group: int = 1) -> list[slice]:

@@ -40,7 +40,7 @@ from sb3_dppo.buffers import (
     mean_over_executed,
 )
 from sb3_dppo.denoising import gaussian_log_prob
-from sb3_dppo.observations import check_observation_space, stack, take
+from sb3_dppo.observations import check_observation_space, parts_of, stack, take
 from sb3_dppo.policies import (
     DiffusionActorCriticPolicy,
     DiffusionCnnPolicy,
@@ -589,8 +589,7 @@ class DPPO(OnPolicyAlgorithm):
         :param rewards: Rewards of all envs.
         :raises ValueError: naming the env and the step, if one is NaN or infinite.
         """
-        parts = list(obs.values()) if isinstance(obs, dict) else [obs]
-        for name, values in [*(("observation", part) for part in parts), ("reward", rewards)]:
+        for name, values in [*(("observation", part) for part in parts_of(obs)), ("reward", rewards)]:
             values = np.asarray(values)
             if values.dtype.kind != "f" or np.isfinite(values).all():
                 continue

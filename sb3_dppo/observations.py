@@ -18,6 +18,14 @@ def batch_size_of(obs: Any) -> int:
     return len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
 
 
+def parts_of(obs: Any) -> list[Any]:
+    """
+    :param obs: Observations, or a dictionary of these.
+    :return: The tensors or arrays, by sorted key.
+    """
+    return [obs[key] for key in sorted(obs)] if isinstance(obs, dict) else [obs]
+
+
 def take(obs: Obs, index: Any) -> Obs:
     """
     :param obs: Observations, shape (B, ...), or a dictionary of these.

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from sb3_dppo.acceleration import COMPILE_OPTIONS, PRECISIONS, Compiled, CudaGraphs, precision_context, threads_for
 from sb3_dppo.denoisers import Denoiser, MlpDenoiser, TransformerDenoiser, UnetDenoiser, make_mlp
 from sb3_dppo.denoising import DenoisingChain, DenoisingProcess, gaussian_log_prob
-from sb3_dppo.observations import batch_size_of, check_observation_space, take, vector_keys
+from sb3_dppo.observations import batch_size_of, check_observation_space, parts_of, take, vector_keys
 
 # The std of DDPM's deterministic mode, which is 0 at the last step only.
 DDPM_EVALUATION_STD = 1e-3
@@ -678,8 +678,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         shape = (self.inference_steps + 1, n_decisions, self.horizon, self.action_dim)
         if self.deterministic_noise == "zero":
             return th.zeros(shape, device=self.device)
-        parts = [obs[key] for key in sorted(obs)] if isinstance(obs, dict) else [obs]
-        arrays = [part.cpu().numpy() for part in parts]
+        arrays = [part.cpu().numpy() for part in parts_of(obs)]
         noise = np.empty(shape, dtype=np.float32)
         for row in range(n_decisions):
             seed = 0
