@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import count
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch as th
@@ -67,11 +69,13 @@ def _tf32() -> Iterator[None]:
 
 class Compiled:
     """
-    A function that ``torch.compile`` translates when it is first called. Where that fails, for want of a compiler for
-    instance, the function runs as it is, and compilation is not tried again.
+    A method that ``torch.compile`` translates when it is first called. Where that fails, for want of a compiler for
+    instance, the method runs as it is, and compilation is not tried again.
 
-    :param function: The function.
+    :param function: The method.
     """
+
+    _numbers = count()
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -94,7 +98,7 @@ class Compiled:
             if device.type not in self._compiled:
                 # A chain is hundreds of small calls: on the CPU made from C++, on the GPU recorded in a CUDA graph.
                 options: dict[str, Any] = {"cpp_wrapper": True} if device.type == "cpu" else {"triton.cudagraphs": True}
-                self._compiled[device.type] = th.compile(self.function, options=options)
+                self._compiled[device.type] = th.compile(self._own_code(), options=options)
             return self._compiled[device.type](*args)
         except Exception as error:
             # If the function itself is at fault, this raises the error without the compiler's frames.
@@ -102,6 +106,16 @@ class Compiled:
             self.failed = True
             logger.info("Not compiled, but run as it is: %s", error)
             return result
+
+    def _own_code(self) -> MethodType:
+        """
+        :return: The method with a code object of its own. PyTorch keeps what it compiled by code object, eight versions at
+            most, and makes sizes that differed between two calls dynamic, which is slower: policies must not share one.
+        """
+        method: Any = self.function
+        code = method.__code__.replace(co_name=f"{method.__name__}_{next(self._numbers)}")
+        own = FunctionType(code, method.__globals__, code.co_name, method.__defaults__, method.__closure__)
+        return MethodType(own, method.__self__)
 
 
 class CudaGraphs:

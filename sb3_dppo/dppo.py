@@ -782,7 +782,7 @@ class DPPO(OnPolicyAlgorithm):
         """
         if self.shuffle is not None:
             return self.shuffle
-        return "decisions" if any(True for _ in self.policy.pi_features_extractor.parameters()) else "pairs"
+        return "decisions" if self.policy.extractor_learns else "pairs"
 
     def _minibatches(self) -> Iterator[DenoisingRolloutBufferSamples]:
         """

@@ -259,6 +259,8 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         )
         self.base_denoiser = deepcopy(self.denoiser).requires_grad_(False)
         self.base_features_extractor = deepcopy(self.pi_features_extractor).requires_grad_(False)
+        # Without parameters and buffers, the actor's features are also those of the base policy.
+        self.extractor_learns = len(self.pi_features_extractor.state_dict()) > 0
 
         vectors = vector_keys(self.observation_space)
         self._vector_sizes = {key: get_flattened_obs_dim(space) for key, space in vectors.items()}
@@ -444,18 +446,20 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         if noise is None:
             noise = self.draw_noise(n_decisions)
         n_base_steps = self.inference_steps if use_base else self.first_ft_position
+        device = noise.device
         eta = 0.0 if deterministic and self.process.is_ddim else self.eta
-        stds = self._sampling_stds(deterministic, eta)
+        stds = self._sampling_stds(deterministic, eta, device)
         with th.inference_mode(), threads_for(n_decisions):
             features = base_features = None
             if n_base_steps > 0:
                 base_features = self.extract_features(obs, self.base_features_extractor)  # type: ignore[arg-type]
             if n_base_steps < self.inference_steps:
-                features = self.extract_features(obs)
+                shared = base_features is not None and not self.extractor_learns
+                features = base_features if shared else self.extract_features(obs)
             tensors = (base_features, features, noise, *stds)
             if self._compile is True:
-                chain = self._compiled_denoise(self.device, *tensors, n_base_steps, eta)
-            elif self._compile == "auto" and self.device.type == "cuda":
+                chain = self._compiled_denoise(device, *tensors, n_base_steps, eta)
+            elif self._compile == "auto" and device.type == "cuda":
                 chain = self._denoise_graphs(tensors, n_base_steps, eta)
             else:
                 chain = self._denoise(*tensors, n_base_steps, eta)
@@ -511,14 +515,15 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         log_prob = gaussian_log_prob(chain[:, 1:], th.stack(means, dim=1), log_prob_std)
         return DenoisingChain(iterates[-1], chain, log_prob)
 
-    def _sampling_stds(self, deterministic: bool, eta: float) -> tuple[th.Tensor, th.Tensor]:
+    def _sampling_stds(self, deterministic: bool, eta: float, device: th.device) -> tuple[th.Tensor, th.Tensor]:
         """
         :param deterministic: See :meth:`sample_chain`.
         :param eta: DDIM's η.
+        :param device: Where the policy is.
         :return: The std of the noise that is added at each position, shape (S, 1, 1, 1), and the std of log-probabilities for
             each denoising index, shape (K', 1, 1).
         """
-        key = (deterministic, eta, self.eta, self.min_sampling_std, self.min_logprob_std, self.device)
+        key = (deterministic, eta, self.eta, self.min_sampling_std, self.min_logprob_std, device)
         if key != self._stds_key:
             sigma = self.process.sigmas(eta)
             if not deterministic:

@@ -65,11 +65,20 @@ def test_without_a_compiler_denoising_runs_as_it_is(tmp_path) -> None:
     assert result.stderr == ""
 
 
-def test_errors_of_a_compiled_function_are_its_own() -> None:
-    def fail(x: th.Tensor) -> th.Tensor:
-        raise KeyError("mine")
+def test_policies_share_no_compiled_code() -> None:
+    # PyTorch compiles a code object for at most eight different sets of shapes and modules, and then no more.
+    code = [make_model().policy._compiled_denoise._own_code().__code__ for _ in range(2)]
+    assert code[0] is not code[1]
+    assert code[0].co_name != code[1].co_name
+    assert code[0].co_code == code[1].co_code
 
-    compiled = Compiled(fail)
+
+def test_errors_of_a_compiled_function_are_its_own() -> None:
+    class Failing:
+        def fail(self, x: th.Tensor) -> th.Tensor:
+            raise KeyError("mine")
+
+    compiled = Compiled(Failing().fail)
     with pytest.raises(KeyError, match="mine"):
         compiled(th.device("cpu"), th.zeros(1))
     assert not compiled.failed
