@@ -168,7 +168,7 @@ class DenoisingProcess(nn.Module):
         return Coefficients(*self.table[:, position, None, None])
 
     def transition(
-        self, sample: th.Tensor, output: th.Tensor, position: int | th.Tensor, eta: float = 1.0
+        self, sample: th.Tensor, output: th.Tensor, position: int | th.Tensor, eta: float | th.Tensor = 1.0
     ) -> tuple[th.Tensor, th.Tensor | float]:
         """
         The reverse step from ``sample``.
@@ -176,8 +176,8 @@ class DenoisingProcess(nn.Module):
         :param sample: The current iterate, shape (B, Tp, Da).
         :param output: The denoiser's output there, the same shape.
         :param position: Where in the process: one position, or one per row, shape (B,).
-        :param eta: DDIM's η. DDPM has none.
-        :return: Mean, shape (B, Tp, Da), and std (no floor applied), a number or of shape (B, 1, 1).
+        :param eta: DDIM's η, a number or of shape (B, 1, Da). DDPM has none.
+        :return: Mean, shape (B, Tp, Da), and std (no floor applied), a number or of shape (B, 1, 1) or (B, 1, Da).
         """
         c = self.coefficients(position)
         x0 = _combine(c.x0_from_sample, sample, c.x0_from_output, output)
@@ -194,16 +194,18 @@ class DenoisingProcess(nn.Module):
             noise = noise.clamp(-self.clip_noise_pred, self.clip_noise_pred)
         sigma = eta * c.sigma
         direction = c.one_minus_alpha_prev - sigma**2
-        direction = max(direction, 0.0) ** 0.5 if isinstance(direction, float) else direction.clamp(min=0).sqrt()
+        if isinstance(direction, th.Tensor):
+            # Not 0, where the square root has no gradient for η.
+            direction = direction.clamp(min=1e-14).sqrt()
+        else:
+            direction = max(direction, 0.0) ** 0.5
         return _combine(c.mean_from_x0, x0, direction, noise), sigma
 
-    def sigmas(self, eta: float) -> th.Tensor:
+    def sigmas(self) -> th.Tensor:
         """
-        :param eta: DDIM's η. DDPM has none.
-        :return: The std at every position (no floor applied), shape (S,).
+        :return: The std at every position (no floor applied), for DDIM with η = 1, shape (S,).
         """
-        sigma = self.table[-1]
-        return eta * sigma if self.is_ddim else sigma
+        return self.table[-1]
 
     def clip_final(self, sample: th.Tensor) -> th.Tensor:
         """

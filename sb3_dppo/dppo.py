@@ -58,6 +58,8 @@ SAMPLER_ARGUMENTS = (
     "scheduler",
     "inference_steps",
     "eta",
+    "learn_eta",
+    "eta_range",
     "ft_denoising_steps",
     "min_logprob_std",
     "noise_clip",
@@ -100,7 +102,7 @@ class DPPO(OnPolicyAlgorithm):
     :param clip_range_vf: Clipping parameter for the value function, or ``None``. It depends on the reward scaling.
     :param normalize_advantage: Whether to normalise the advantage over each minibatch
     :param advantage_quantiles: Clamp advantages between these two quantiles of the minibatch
-    :param ent_coef: Coefficient of the mean of η, which is constant unless a policy learns it
+    :param ent_coef: Coefficient of the mean of η, which keeps a learned one (``learn_eta``) from getting small
     :param vf_coef: Value function coefficient for the loss calculation
     :param bc_coef: Coefficient of the log-probability, under the current policy, of chains sampled from the base policy
     :param kl_coef: Coefficient of the KL divergence of the denoising steps from the base policy's, per action dimension
@@ -116,6 +118,11 @@ class DPPO(OnPolicyAlgorithm):
     :param scheduler: "ddpm", "ddim" or a diffusers ``DDPMScheduler`` or ``DDIMScheduler``
     :param inference_steps: S, denoising steps that are run: ``None`` for all, or for DDIM a divisor of ``denoising_steps``
     :param eta: DDIM's η when exploring
+    :param learn_eta: DDIM only: learn η, from ``eta`` on, one for each action dimension ("action") or as a function of the
+        observation ("state"); ``None``: it stays
+    :param eta_range: Bounds of a learned η
+    :param eta_learning_rate: Learning rate of η, which has an optimiser of its own, likewise a number or a function
+    :param eta_update_interval: Gradient steps of the actor between two of η
     :param ft_denoising_steps: K', the last denoising steps, which are fine-tuned. The others run the frozen pre-trained
         policy.
         ``None`` means all.
@@ -194,6 +201,10 @@ class DPPO(OnPolicyAlgorithm):
         scheduler: Any = "ddpm",
         inference_steps: int | None = None,
         eta: float = 1.0,
+        learn_eta: str | None = None,
+        eta_range: tuple[float, float] = (0.1, 1.0),
+        eta_learning_rate: float | str | Schedule = 1e-3,
+        eta_update_interval: int = 1,
         ft_denoising_steps: int | None = None,
         ft_denoising_anneal: tuple[int, int] | None = None,
         min_sampling_std: float | str | Schedule = 0.2,
@@ -266,6 +277,10 @@ class DPPO(OnPolicyAlgorithm):
         self.scheduler = scheduler
         self.inference_steps = inference_steps
         self.eta = eta
+        self.learn_eta = learn_eta
+        self.eta_range = eta_range
+        self.eta_learning_rate = eta_learning_rate
+        self.eta_update_interval = eta_update_interval
         self.ft_denoising_steps = ft_denoising_steps
         self.ft_denoising_anneal = ft_denoising_anneal
         self.min_sampling_std = min_sampling_std
@@ -296,6 +311,7 @@ class DPPO(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         self._setup_lr_schedule()
         self._critic_lr_schedule = make_schedule("critic_learning_rate", self.critic_learning_rate)
+        self._eta_lr_schedule = make_schedule("eta_learning_rate", self.eta_learning_rate)
         self._clip_range = make_schedule("clip_range", self.clip_range)
         self._clip_range_vf = None if self.clip_range_vf is None else make_schedule("clip_range_vf", self.clip_range_vf)
         self._min_sampling_std = make_schedule("min_sampling_std", self.min_sampling_std)
@@ -375,7 +391,7 @@ class DPPO(OnPolicyAlgorithm):
             )
         if self.shuffle not in (None, "pairs", "decisions"):
             raise ValueError(f"shuffle={self.shuffle!r} is unknown: choose 'pairs', 'decisions' or None.")
-        for name in ("batch_size", "n_epochs", "n_accumulate"):
+        for name in ("batch_size", "n_epochs", "n_accumulate", "eta_update_interval"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.lr_decay not in ("constant", "linear", "cosine"):
@@ -624,28 +640,30 @@ class DPPO(OnPolicyAlgorithm):
         :param n_values: Decisions of the critic in the whole minibatch.
         :return: Contribution to the loss and to the metrics.
         """
-        condition = self.policy.encode(self._pair_features(samples))
-        mean = self.policy.pair_mean(self.policy.denoiser, condition, samples.chain_prev, samples.denoising_index)
-        log_prob = gaussian_log_prob(samples.chain_next, mean, self.policy.pair_std(samples.denoising_index))
+        policy, denoising_index = self.policy, samples.denoising_index
+        features = self._pair_features(samples)
+        eta = policy.eta if policy.learn_eta is None else policy.learned_eta(features)
+        mean = policy.pair_mean(policy.denoiser, policy.encode(features), samples.chain_prev, denoising_index, eta)
+        log_prob = gaussian_log_prob(samples.chain_next, mean, policy.pair_std(denoising_index, eta))
         log_ratio = mean_log_prob(log_prob, samples.n_executed[samples.decision_index]) - samples.old_log_prob
         ratio = log_ratio.exp()
 
-        clip_range = self._clip_ranges()[samples.denoising_index]
+        clip_range = self._clip_ranges()[denoising_index]
         clipped_ratio = th.clamp(ratio, 1 - clip_range, 1 + clip_range)
         policy_loss = -th.min(advantages * ratio, advantages * clipped_ratio).sum() / n_pairs
         value_loss = th.zeros_like(policy_loss)
         if len(samples.value_index) > 0:
             value_loss = self._value_errors(samples).sum() / n_values
-        eta = th.full_like(policy_loss, self.policy.eta * len(ratio) / n_pairs)
-        loss = policy_loss + self.vf_coef * value_loss - self.ent_coef * eta
+        mean_eta = (eta.mean() if isinstance(eta, th.Tensor) else th.full_like(policy_loss, eta)) * (len(ratio) / n_pairs)
+        loss = policy_loss + self.vf_coef * value_loss - self.ent_coef * mean_eta
 
         bc_loss = th.zeros_like(policy_loss)
         if self.bc_coef > 0:
-            bc_loss = self._bc_losses(samples).sum() / (n_pairs * self.policy.ft_denoising_steps)
+            bc_loss = self._bc_losses(samples).sum() / (n_pairs * policy.ft_denoising_steps)
             loss = loss + self.bc_coef * bc_loss
         base_kl = th.zeros_like(policy_loss)
         if self.kl_coef > 0:
-            base_kl = self._base_kls(samples, mean).sum() / n_pairs
+            base_kl = self._base_kls(samples, mean, eta).sum() / n_pairs
             loss = loss + self.kl_coef * base_kl
         with th.no_grad():
             metrics = dict(
@@ -657,7 +675,7 @@ class DPPO(OnPolicyAlgorithm):
                 ratio=ratio.sum() / n_pairs,
                 bc_loss=bc_loss.detach(),
                 base_kl=base_kl.detach(),
-                eta=eta,
+                eta=mean_eta.detach(),
             )
         return loss, metrics
 
@@ -722,20 +740,21 @@ class DPPO(OnPolicyAlgorithm):
             squared_error = th.max(squared_error, (clipped - returns) ** 2)
         return 0.5 * squared_error
 
-    def _base_kls(self, samples: DenoisingRolloutBufferSamples, mean: th.Tensor) -> th.Tensor:
+    def _base_kls(self, samples: DenoisingRolloutBufferSamples, mean: th.Tensor, eta: float | th.Tensor) -> th.Tensor:
         """
         :param samples: A minibatch.
         :param mean: Means of its pairs' denoising steps, shape (N, Tp, Da).
+        :param eta: DDIM's η, which the base policy shares, a number or of shape (N, 1, Da).
         :return: KL divergence of each step from the base policy's, of Gaussians with equal std, averaged over executed actions
             and action dimensions, shape (N,).
         """
         policy = self.policy
-        with th.no_grad():
-            features = self._pair_features(samples, policy.base_features_extractor)  # type: ignore[arg-type]
-            with policy.autocast():
-                condition = policy.base_denoiser.encode(features)
-            base_mean = policy.pair_mean(policy.base_denoiser, condition, samples.chain_prev, samples.denoising_index)
-        divergence = 0.5 * ((mean - base_mean) / policy.pair_std(samples.denoising_index)) ** 2
+        # Of the base policy's mean, only η has a gradient.
+        features = self._pair_features(samples, policy.base_features_extractor)  # type: ignore[arg-type]
+        with policy.autocast():
+            condition = policy.base_denoiser.encode(features)
+        base_mean = policy.pair_mean(policy.base_denoiser, condition, samples.chain_prev, samples.denoising_index, eta)
+        divergence = 0.5 * ((mean - base_mean) / policy.pair_std(samples.denoising_index, eta)) ** 2
         return mean_over_executed(divergence, samples.n_executed[samples.decision_index])
 
     def _bc_losses(self, samples: DenoisingRolloutBufferSamples) -> th.Tensor:
@@ -758,6 +777,7 @@ class DPPO(OnPolicyAlgorithm):
         factor = self._learning_rate_factor()
         update_learning_rate(self.policy.optimizer, factor * self.lr_schedule(progress))
         update_learning_rate(self.policy.critic_optimizer, factor * self._critic_lr_schedule(progress))
+        update_learning_rate(self.policy.eta_optimizer, factor * self._eta_lr_schedule(progress))
         train_actor = self.n_rollouts >= self.critic_warmup
         metrics: dict[str, list[th.Tensor]] = {}
         for samples in self._minibatches():
@@ -828,7 +848,7 @@ class DPPO(OnPolicyAlgorithm):
         :param samples: A minibatch.
         :return: The loss and the metrics.
         """
-        for optimizer in (self.policy.optimizer, self.policy.critic_optimizer):
+        for optimizer in self.policy.optimizers:
             optimizer.zero_grad()
         n_pairs, n_values = len(samples.decision_index), len(samples.value_index)
         group = self.policy.ft_denoising_steps if self.shuffle_mode == "decisions" else 1
@@ -853,8 +873,12 @@ class DPPO(OnPolicyAlgorithm):
 
         :param train_actor: Whether the actor is trained, or only the critic.
         """
-        optimizers = [self.policy.optimizer, self.policy.critic_optimizer]
-        for optimizer in optimizers if train_actor else optimizers[1:]:
+        optimizers = [self.policy.critic_optimizer]
+        if train_actor:
+            optimizers.append(self.policy.optimizer)
+            if self.policy.learn_eta is not None and self._n_updates % self.eta_update_interval == 0:
+                optimizers.append(self.policy.eta_optimizer)
+        for optimizer in optimizers:
             if self.max_grad_norm is not None:
                 th.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.max_grad_norm)
             optimizer.step()
@@ -882,7 +906,7 @@ class DPPO(OnPolicyAlgorithm):
     # ------------------------------------------------------------------ saving
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", "policy.optimizer", "policy.critic_optimizer"], []
+        return ["policy", "policy.optimizer", "policy.critic_optimizer", "policy.eta_optimizer"], []
 
     def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: th.device | str = "auto") -> None:
         """
@@ -894,7 +918,7 @@ class DPPO(OnPolicyAlgorithm):
         """
         super().set_parameters(load_path_or_dict, exact_match=exact_match, device=device)
         # How an optimiser runs belongs to this machine and not to the file.
-        for optimizer in (self.policy.optimizer, self.policy.critic_optimizer):
+        for optimizer in self.policy.optimizers:
             for group in optimizer.param_groups:
                 group.update(
                     {flag: optimizer.defaults.get(flag) for flag in ("fused", "foreach", "capturable") if flag in group}

@@ -1,5 +1,6 @@
 """Diffusion actor-critic policies: networks, normalisation, sampling with log-probabilities, and acting in chunks."""
 
+import math
 import zlib
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from sb3_dppo.observations import batch_size_of, check_observation_space, parts_
 # The std of DDPM's deterministic mode, which is 0 at the last step only.
 DDPM_EVALUATION_STD = 1e-3
 NORMALIZATION_EPS = 1e-6
+# Hidden units of the network for a state-dependent η.
+ETA_WIDTH = 64
 
 
 # The paper's policies for Gym tasks, in policy_kwargs' terms, for pre-training and fine-tuning; the constructor's own defaults
@@ -80,6 +83,9 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
     :param scheduler: "ddpm", "ddim" or a diffusers scheduler of one of these classes.
     :param inference_steps: S, the denoising steps that are run. ``None`` means K.
     :param eta: DDIM's η in exploration: 1 is as noisy as DDPM, 0 adds no noise but the floor below.
+    :param learn_eta: DDIM only: learn η, from ``eta`` on, one for each action dimension ("action") or as a function of the
+        observation ("state"); ``None``: it stays.
+    :param eta_range: Bounds of a learned η. It begins at least 1 % of the range inside of them.
     :param ft_denoising_steps: K', the last steps, which are fine-tuned. ``None`` means all.
     :param min_sampling_std: Floor of the std when exploring, at every step, in normalised action space.
     :param min_logprob_std: Floor of the std in log-probabilities.
@@ -97,6 +103,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
     denoiser: Denoiser
     base_denoiser: Denoiser
     critic: nn.Module
+    eta_network: nn.Sequential
     obs_center: th.Tensor
     obs_scale: th.Tensor
     action_center: th.Tensor
@@ -132,6 +139,8 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         scheduler: Any = "ddpm",
         inference_steps: int | None = None,
         eta: float = 1.0,
+        learn_eta: str | None = None,
+        eta_range: tuple[float, float] = (0.1, 1.0),
         ft_denoising_steps: int | None = None,
         min_sampling_std: float = 0.2,
         min_logprob_std: float = 0.2,
@@ -180,8 +189,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
                 f"ft_denoising_steps={ft_denoising_steps} must be between 1 and the {self.inference_steps} steps that are run "
                 f"(inference_steps={inference_steps}, denoising_steps={denoising_steps})."
             )
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta={eta} must be between 0 and 1.")
+        check_eta(eta, learn_eta, eta_range, process.is_ddim)
         if noise_clip is None or noise_clip <= 0:
             raise ValueError(f"noise_clip={noise_clip} must be positive: use a large number for no clamp.")
         if net_arch is not None and not isinstance(net_arch, dict):
@@ -195,6 +203,8 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         if precision not in PRECISIONS:
             raise ValueError(f"precision={precision!r} is unknown: choose one of {list(PRECISIONS)}.")
         self.eta = eta
+        self.learn_eta = learn_eta
+        self.eta_range = eta_range
         self.min_sampling_std = min_sampling_std
         self.min_logprob_std = min_logprob_std
         self.noise_clip = noise_clip
@@ -257,6 +267,13 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
             residual=arguments["residual"] if critic_residual is None else critic_residual,
             layer_norm=arguments["critic_layer_norm"],
         )
+        # η's logits: its last bias is that of each action dimension, and the weights before it are those of the observation.
+        self.eta_network = make_mlp(self.features_dim, self.action_dim, [ETA_WIDTH], nn.Mish)
+        low, high = self.eta_range
+        fraction = min(max((self.eta - low) / (high - low), 0.01), 0.99)
+        output: Any = self.eta_network[-1]
+        nn.init.zeros_(output.weight)
+        nn.init.constant_(output.bias, math.log(fraction / (1 - fraction)))
         self.base_denoiser = deepcopy(self.denoiser).requires_grad_(False)
         self.base_features_extractor = deepcopy(self.pi_features_extractor).requires_grad_(False)
         # Without parameters and buffers, the actor's features are also those of the base policy.
@@ -269,16 +286,16 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         self.register_buffer("obs_center", th.zeros(obs_shape))
         self.register_buffer("obs_scale", th.ones(obs_shape))
         box: Any = self.action_space
-        low, high = (th.as_tensor(bound, dtype=th.float).flatten() for bound in (box.low, box.high))
-        self.register_buffer("action_center", (low + high) / 2)
-        self.register_buffer("action_scale", (high - low) / 2)
+        smallest, largest = (th.as_tensor(bound, dtype=th.float).flatten() for bound in (box.low, box.high))
+        self.register_buffer("action_center", (smallest + largest) / 2)
+        self.register_buffer("action_scale", (largest - smallest) / 2)
 
         self.make_optimizers(lr_schedule(1))
         self.seed(int(th.randint(2**31, ())))
 
     def make_optimizers(self, learning_rate: float) -> None:
         """
-        Create new optimisers, with no state, for the actor and for the critic.
+        Create new optimisers, with no state, for the actor, for the critic and for η.
 
         :param learning_rate: Their initial learning rate.
         """
@@ -286,6 +303,16 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         critic = [*self.critic.parameters(), *self.vf_features_extractor.parameters()]
         self.optimizer = self.optimizer_class(actor, lr=learning_rate, **self.optimizer_kwargs)  # type: ignore[call-arg]
         self.critic_optimizer = self.optimizer_class(critic, lr=learning_rate, **self.optimizer_kwargs)  # type: ignore[call-arg]
+        # Without the state, only the last bias has a gradient.
+        eta = self.eta_network.parameters()
+        self.eta_optimizer = self.optimizer_class(eta, lr=learning_rate, **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    @property
+    def optimizers(self) -> list[th.optim.Optimizer]:
+        """
+        :return: Those of the actor, the critic and η.
+        """
+        return [self.optimizer, self.critic_optimizer, self.eta_optimizer]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return dict(
@@ -447,8 +474,6 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
             noise = self.draw_noise(n_decisions)
         n_base_steps = self.inference_steps if use_base else self.first_ft_position
         device = noise.device
-        eta = 0.0 if deterministic and self.process.is_ddim else self.eta
-        stds = self._sampling_stds(deterministic, eta, device)
         with th.inference_mode(), threads_for(n_decisions):
             features = base_features = None
             if n_base_steps > 0:
@@ -456,13 +481,16 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
             if n_base_steps < self.inference_steps:
                 shared = base_features is not None and not self.extractor_learns
                 features = base_features if shared else self.extract_features(obs)
-            tensors = (base_features, features, noise, *stds)
+            eta = None
+            if self.learn_eta is not None:
+                eta = self.learned_eta(self.extract_features(obs) if features is None else features)
+            tensors = (base_features, features, noise, *self._sampling_stds(deterministic, eta, device), eta)
             if self._compile is True:
-                chain = self._compiled_denoise(device, *tensors, n_base_steps, eta)
+                chain = self._compiled_denoise(device, *tensors, n_base_steps, deterministic)
             elif self._compile == "auto" and device.type == "cuda":
-                chain = self._denoise_graphs(tensors, n_base_steps, eta)
+                chain = self._denoise_graphs(tensors, n_base_steps, deterministic)
             else:
-                chain = self._denoise(*tensors, n_base_steps, eta)
+                chain = self._denoise(*tensors, n_base_steps, deterministic)
         # Copies, because tensors made in inference mode can't be used where gradients are computed.
         return DenoisingChain(*(tensor.clone() for tensor in chain))
 
@@ -479,8 +507,9 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         noise: th.Tensor,
         step_std: th.Tensor,
         log_prob_std: th.Tensor,
+        learned_eta: th.Tensor | None,
         n_base_steps: int,
-        eta: float,
+        deterministic: bool,
     ) -> DenoisingChain:
         """
         Run the denoising process: what is left of :meth:`sample_chain` to compile.
@@ -488,12 +517,15 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         :param base_features: The base denoiser's features, shape (B, features_dim), if it runs.
         :param features: The denoiser's features, likewise.
         :param noise: See :meth:`sample_chain`.
-        :param step_std: Std of the noise that is added at each position, shape (S, 1, 1, 1).
-        :param log_prob_std: Std of the log-probabilities, shape (K', 1, 1).
+        :param step_std: Std of the noise that is added at each position, shape (S, 1, 1, 1) or (S, B, 1, Da).
+        :param log_prob_std: Std of the log-probabilities, shape (K', 1, 1) or (B, K', 1, Da).
+        :param learned_eta: DDIM's η, shape (B, 1, Da), if it is learned.
         :param n_base_steps: How many steps the base denoiser runs.
-        :param eta: DDIM's η of the samples; that of log-probabilities is the policy's.
+        :param deterministic: See :meth:`sample_chain`.
         :return: Chunks, chains and log-probabilities.
         """
+        exploration_eta = self.eta if learned_eta is None else learned_eta
+        eta = 0.0 if deterministic and self.process.is_ddim else exploration_eta
         with self.autocast():
             predictions = []
             if base_features is not None:
@@ -507,7 +539,10 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
                 mean, _ = self.process.transition(sample, output, position, eta)
                 if position >= self.first_ft_position:
                     # In log-probabilities η is always the one of exploration.
-                    means.append(mean if eta == self.eta else self.process.transition(sample, output, position, self.eta)[0])
+                    if eta is not exploration_eta:
+                        means.append(self.process.transition(sample, output, position, exploration_eta)[0])
+                    else:
+                        means.append(mean)
                 sample = mean + added_noise
                 iterates.append(sample)
         iterates[-1] = self.process.clip_final(sample)
@@ -515,32 +550,54 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         log_prob = gaussian_log_prob(chain[:, 1:], th.stack(means, dim=1), log_prob_std)
         return DenoisingChain(iterates[-1], chain, log_prob)
 
-    def _sampling_stds(self, deterministic: bool, eta: float, device: th.device) -> tuple[th.Tensor, th.Tensor]:
+    def _sampling_stds(
+        self, deterministic: bool, learned_eta: th.Tensor | None, device: th.device
+    ) -> tuple[th.Tensor, th.Tensor]:
         """
         :param deterministic: See :meth:`sample_chain`.
-        :param eta: DDIM's η.
+        :param learned_eta: DDIM's η, shape (B, 1, Da), if it is learned.
         :param device: Where the policy is.
-        :return: The std of the noise that is added at each position, shape (S, 1, 1, 1), and the std of log-probabilities for
-            each denoising index, shape (K', 1, 1).
+        :return: The std of the noise that is added at each position, shape (S, 1, 1, 1) or (S, B, 1, Da), and the std of
+            log-probabilities for each denoising index, shape (K', 1, 1) or (B, K', 1, Da).
         """
-        key = (deterministic, eta, self.eta, self.min_sampling_std, self.min_logprob_std, device)
-        if key != self._stds_key:
-            sigma = self.process.sigmas(eta)
-            if not deterministic:
-                std = sigma.clamp(min=self.min_sampling_std)
-            elif self.process.is_ddim:
-                std = th.zeros_like(sigma)
-            else:
-                std = sigma.clamp(min=DDPM_EVALUATION_STD)
-                std[-1] = 0.0
-            self._stds_key, self._stds = key, (std[:, None, None, None], self._log_prob_std()[:, None, None])
-        return self._stds
+        key = (deterministic, self.eta, self.min_sampling_std, self.min_logprob_std, device)
+        if key == self._stds_key and learned_eta is None:
+            return self._stds
+        eta = self.eta if learned_eta is None else learned_eta
+        sigma = self.process.sigmas()[:, None, None, None]
+        if not deterministic:
+            std = self._with_eta(sigma, eta).clamp(min=self.min_sampling_std)
+        elif self.process.is_ddim:
+            std = th.zeros_like(sigma)
+        else:
+            std = sigma.clamp(min=DDPM_EVALUATION_STD)
+            std[-1] = 0.0
+        log_prob_eta = eta if learned_eta is None else learned_eta[:, None]
+        log_prob_std = self._with_eta(sigma[self.first_ft_position :, 0], log_prob_eta).clamp(min=self.min_logprob_std)
+        if learned_eta is None:
+            self._stds_key, self._stds = key, (std, log_prob_std)
+        return std, log_prob_std
 
-    def _log_prob_std(self) -> th.Tensor:
+    def _with_eta(self, sigma: th.Tensor, eta: float | th.Tensor) -> th.Tensor:
         """
-        :return: The std of log-probabilities for each denoising index, shape (K',).
+        :param sigma: Std of some steps with η = 1.
+        :param eta: DDIM's η.
+        :return: Their std.
         """
-        return self.process.sigmas(self.eta)[self.first_ft_position :].clamp(min=self.min_logprob_std)
+        return eta * sigma if self.process.is_ddim else sigma
+
+    def learned_eta(self, features: th.Tensor) -> th.Tensor:
+        """
+        :param features: The actor's features, shape (N, features_dim).
+        :return: DDIM's η, within ``eta_range``, shape (N, 1, Da). Differentiable, but not in the features.
+        """
+        if self.learn_eta == "state":
+            logits = self.eta_network(features.detach())
+        else:
+            bias: Any = self.eta_network[-1].bias
+            logits = bias.expand(len(features), -1)
+        low, high = self.eta_range
+        return (low + (high - low) * logits.sigmoid())[:, None]
 
     def encode(self, features: th.Tensor) -> th.Tensor:
         """
@@ -556,6 +613,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         condition: th.Tensor,
         chain_prev: th.Tensor,
         denoising_index: th.Tensor,
+        eta: float | th.Tensor,
     ) -> th.Tensor:
         """
         Means of single denoising steps, which may be different steps of different chains. Differentiable.
@@ -564,19 +622,22 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         :param condition: Its ``encode`` of each pair's features, shape (N, ...).
         :param chain_prev: Iterates before the steps, shape (N, Tp, Da).
         :param denoising_index: Which steps, in 0 … K'-1, shape (N,).
+        :param eta: DDIM's η, a number or of shape (N, 1, Da).
         :return: Means of the iterates after the steps, shape (N, Tp, Da).
         """
         with self.autocast():
             embeddings = denoiser.embed_timesteps(self.process.timesteps[self.first_ft_position :])
             output = denoiser(chain_prev, embeddings[denoising_index], condition).float()
-        return self.process.transition(chain_prev, output, denoising_index + self.first_ft_position, self.eta)[0]
+        return self.process.transition(chain_prev, output, denoising_index + self.first_ft_position, eta)[0]
 
-    def pair_std(self, denoising_index: th.Tensor) -> th.Tensor:
+    def pair_std(self, denoising_index: th.Tensor, eta: float | th.Tensor) -> th.Tensor:
         """
         :param denoising_index: Which steps, shape (N,).
-        :return: Their std in log-probabilities, shape (N, 1, 1).
+        :param eta: DDIM's η, a number or of shape (N, 1, Da).
+        :return: Their std in log-probabilities, shape (N, 1, 1) or (N, 1, Da).
         """
-        return self._log_prob_std()[denoising_index][:, None, None]
+        sigma = self.process.sigmas()[self.first_ft_position :][denoising_index][:, None, None]
+        return self._with_eta(sigma, eta).clamp(min=self.min_logprob_std)
 
     def chain_log_prob(self, obs: PyTorchObs, chain: th.Tensor) -> th.Tensor:
         """
@@ -589,11 +650,13 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         n_decisions, n_steps = len(chain), self.ft_denoising_steps
         if chain.shape[1] != n_steps + 1:
             raise ValueError(f"chain has {chain.shape[1]} iterates, but ft_denoising_steps={n_steps} means {n_steps + 1}.")
-        condition = self.encode(self.extract_features(obs)).repeat_interleave(n_steps, dim=0)
+        features = self.extract_features(obs)
+        condition = self.encode(features).repeat_interleave(n_steps, dim=0)
+        eta = self.eta if self.learn_eta is None else self.learned_eta(features).repeat_interleave(n_steps, dim=0)
         denoising_index = th.arange(n_steps, device=chain.device).repeat(n_decisions)
         prev, following = chain[:, :-1].flatten(0, 1), chain[:, 1:].flatten(0, 1)
-        mean = self.pair_mean(self.denoiser, condition, prev, denoising_index)
-        return gaussian_log_prob(following, mean, self.pair_std(denoising_index)).view_as(chain[:, 1:])
+        mean = self.pair_mean(self.denoiser, condition, prev, denoising_index, eta)
+        return gaussian_log_prob(following, mean, self.pair_std(denoising_index, eta)).view_as(chain[:, 1:])
 
     def bc_loss(
         self, obs: PyTorchObs, actions: th.Tensor, timesteps: th.Tensor | None = None, noise: th.Tensor | None = None
@@ -826,6 +889,24 @@ class DiffusionTransformerPolicy(DiffusionActorCriticPolicy):
                 raise ValueError(f"{name}={arguments[name]} is a setting of DiffusionMlpPolicy: the transformer has its own.")
         layers: Sequence[int] = self.net_arch["pi"]  # type: ignore[call-overload]
         return TransformerDenoiser(self.action_dim, self.horizon, self.features_dim, self.denoising_steps, layers)
+
+
+def check_eta(eta: float, learn_eta: str | None, eta_range: tuple[float, float], is_ddim: bool) -> None:
+    """
+    :param eta: DDIM's η.
+    :param learn_eta: How it is learned.
+    :param eta_range: Bounds of a learned one.
+    :param is_ddim: Whether the sampler is DDIM.
+    :raises ValueError: naming the argument that does not fit.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta} must be between 0 and 1.")
+    if learn_eta not in (None, "action", "state"):
+        raise ValueError(f"learn_eta={learn_eta!r} is unknown: choose 'action', 'state' or None.")
+    if learn_eta is not None and not is_ddim:
+        raise ValueError(f"learn_eta={learn_eta!r}: only DDIM has an η to learn, so use scheduler='ddim'.")
+    if not 0 <= eta_range[0] < eta_range[1] <= 1:
+        raise ValueError(f"eta_range={eta_range} must be two numbers with 0 <= low < high <= 1.")
 
 
 def check_action_space(action_space: spaces.Space) -> None:

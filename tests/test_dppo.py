@@ -174,8 +174,8 @@ def test_log_probs_are_averaged_over_executed_actions_only() -> None:
     spoiled = samples.chain_next.clone()
     spoiled[:, 1:] += 5.0  # actions that were not executed
     policy, index = model.policy, samples.denoising_index
-    mean = policy.pair_mean(policy.denoiser, samples.observations[samples.decision_index], samples.chain_prev, index)
-    log_prob = gaussian_log_prob(samples.chain_next, mean, policy.pair_std(index))
+    mean = policy.pair_mean(policy.denoiser, samples.observations[samples.decision_index], samples.chain_prev, index, 1.0)
+    log_prob = gaussian_log_prob(samples.chain_next, mean, policy.pair_std(index, 1.0))
     old = log_prob.detach().clamp(-5, 2)[:, 0].mean(-1)
     loss_a = model.loss(samples._replace(n_executed=n_executed, old_log_prob=old))
     loss_b = model.loss(samples._replace(n_executed=n_executed, old_log_prob=old, chain_next=spoiled))
@@ -380,9 +380,9 @@ def test_kl_to_the_base_policy_in_closed_form() -> None:
     policy, index = model.policy, samples.denoising_index
     obs = samples.observations[samples.decision_index]
     means = [
-        policy.pair_mean(denoiser, obs, samples.chain_prev, index) for denoiser in (policy.denoiser, policy.base_denoiser)
+        policy.pair_mean(denoiser, obs, samples.chain_prev, index, 1.0) for denoiser in (policy.denoiser, policy.base_denoiser)
     ]
-    std = policy.pair_std(index).expand_as(means[0])
+    std = policy.pair_std(index, 1.0).expand_as(means[0])
     ours, base = (th.distributions.Normal(mean, std) for mean in means)
     expected = th.distributions.kl_divergence(ours, base)
     executed = th.arange(policy.horizon) < samples.n_executed[samples.decision_index][:, None]

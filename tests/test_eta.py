@@ -1,0 +1,135 @@
+"""η of DDIM: fixed, learned for each action dimension, learned as a function of the observation."""
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import torch as th
+
+from sb3_dppo import DPPO
+
+
+def make_model(**kwargs: Any) -> DPPO:
+    arguments: dict[str, Any] = dict(
+        n_steps=32,
+        batch_size=32,
+        n_epochs=2,
+        scheduler="ddim",
+        inference_steps=5,
+        ft_denoising_steps=3,
+        eta=0.5,
+        min_sampling_std=0.01,
+        min_logprob_std=0.01,
+        policy_kwargs=dict(denoising_steps=10, horizon=2, net_arch=dict(pi=[32] * 3, vf=[32] * 3)),
+        seed=0,
+        device="cpu",
+    )
+    model = DPPO("DiffusionMlpPolicy", "Pendulum-v1", **(arguments | kwargs))
+    model.pretrained_on_demonstrations = True
+    return model
+
+
+def etas(model: DPPO) -> th.Tensor:
+    obs = th.stack([th.as_tensor(model.observation_space.sample()) for _ in range(50)])
+    return model.policy.learned_eta(model.policy.extract_features(obs))
+
+
+@pytest.mark.parametrize("learn_eta", ["action", "state"])
+def test_a_learned_eta_begins_at_eta_and_is_replayed(learn_eta: str) -> None:
+    fixed, model = make_model(), make_model(learn_eta=learn_eta)
+    obs, noise = th.randn(4, 3), model.policy.draw_noise(4)
+    for deterministic in (False, True):
+        sampled = [m.policy.sample_chain(obs, deterministic, noise) for m in (fixed, model)]
+        for left, right in zip(*sampled, strict=True):
+            th.testing.assert_close(left, right)
+        replayed = model.policy.chain_log_prob(obs, sampled[1].chain)
+        th.testing.assert_close(replayed, sampled[1].log_prob, rtol=1e-3, atol=1e-3)
+    # Of a network that depends on the observation, too.
+    th.nn.init.normal_(model.policy.eta_network[-1].weight)
+    assert (etas(model).std(dim=0) > 0).all() == (learn_eta == "state")
+    sample = model.policy.sample_chain(obs, noise=noise)
+    th.testing.assert_close(model.policy.chain_log_prob(obs, sample.chain), sample.log_prob, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("learn_eta", ["action", "state"])
+def test_ent_coef_acts_on_a_learned_eta_within_its_bounds(learn_eta: str) -> None:
+    means = {}
+    for ent_coef in (-10.0, 0.0, 10.0):
+        model = make_model(learn_eta=learn_eta, eta_range=(0.3, 0.8), eta_learning_rate=0.1, ent_coef=ent_coef)
+        model.learn(128)
+        assert ((etas(model) >= 0.3) & (etas(model) <= 0.8)).all()
+        seen = model.policy.extract_features(model.rollout_buffer.observations)
+        means[ent_coef] = model.policy.learned_eta(seen).mean().item()
+        assert 0.3 <= model.logger.name_to_value["train/eta"] <= 0.8
+    assert means[-10.0] < 0.4 < 0.6 < means[10.0]
+    assert means[0.0] != pytest.approx(0.5, abs=1e-4)  # the policy loss has a gradient for it
+
+
+def test_the_gradient_of_eta_is_that_of_finite_differences() -> None:
+    model = make_model(learn_eta="action")
+    model.learn(32)
+    samples = next(model.rollout_buffer.get(None))
+    bias = model.policy.eta_network[-1].bias
+    (gradient,) = th.autograd.grad(model.loss(samples)[0], bias)
+    step = 1e-2
+    with th.no_grad():
+        losses = []
+        for sign in (1, -1):
+            bias += sign * step
+            losses.append(model.loss(samples)[0].item())
+            bias -= sign * step
+    assert gradient.abs() > 1e-5
+    assert gradient.item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=0.05)
+
+
+def test_an_eta_at_its_upper_bound_has_finite_gradients() -> None:
+    model = make_model(learn_eta="action", eta_range=(0.0, 1.0))
+    th.nn.init.constant_(model.policy.eta_network[-1].bias, 100.0)
+    model.learn(32)
+    assert (etas(model) == 1).all()
+    assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
+
+
+def test_eta_has_an_optimiser_and_an_interval_of_its_own() -> None:
+    counts = {}
+    for interval in (1, 3):
+        model = make_model(learn_eta="state", eta_update_interval=interval, critic_warmup=1)
+        model.learn(64)
+        state = model.policy.eta_optimizer.state[model.policy.eta_network[-1].bias]
+        counts[interval] = int(state["step"])
+    n_updates = model._n_updates // 2  # the first rollout trained the critic only
+    assert counts == {1: n_updates, 3: len([n for n in range(n_updates, 2 * n_updates) if n % 3 == 0])}
+    fixed = make_model()
+    fixed.learn(32)
+    assert not fixed.policy.eta_optimizer.state
+
+
+def test_files_do_not_depend_on_how_eta_is_learned(tmp_path: Path) -> None:
+    model = make_model(learn_eta="state", eta_learning_rate="lin_1e-2")
+    model.learn(64)
+    model.save(tmp_path / "model")
+    obs = th.randn(3, 3)
+    loaded = DPPO.load(tmp_path / "model", env=gym.make("Pendulum-v1"))
+    expected, actual = (m.policy.learned_eta(m.policy.extract_features(obs)) for m in (model, loaded))
+    assert th.equal(expected, actual)
+    loaded.learn(32)
+    fixed = DPPO.load(tmp_path / "model", env=gym.make("Pendulum-v1"), learn_eta=None, eta=0.7)
+    assert fixed.policy.learn_eta is None and fixed.policy.eta == 0.7
+    assert fixed.get_parameters().keys() == model.get_parameters().keys()
+    DPPO.load(tmp_path / "model", learn_eta=None, scheduler="ddpm", inference_steps=None).predict(obs[0].numpy())
+
+
+@pytest.mark.parametrize(
+    "kwargs,message",
+    [
+        (dict(learn_eta="action", scheduler="ddpm", inference_steps=None), "use scheduler='ddim'"),
+        (dict(learn_eta="both"), "learn_eta='both' is unknown"),
+        (dict(learn_eta="state", eta_range=(0.5, 0.1)), r"eta_range=\(0.5, 0.1\) must be two numbers"),
+        (dict(learn_eta="state", eta_learning_rate="fast"), "eta_learning_rate='fast' is not a schedule"),
+        (dict(eta_update_interval=0), "eta_update_interval=0 must be at least 1"),
+    ],
+)
+def test_refuses(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model(**kwargs)
