@@ -1,13 +1,12 @@
 """The denoising process: a diffusers scheduler turned into Gaussian transitions whose mean and std can be differentiated."""
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch as th
 from torch import nn
 
-if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, DDPMScheduler
+from sb3_dppo.schedulers import AffineStep, affine_steps, make_scheduler
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -52,10 +51,11 @@ class DenoisingProcess(nn.Module):
 
     diffusers' ``step`` takes one timestep for the whole batch and returns a sample. Policy gradients need mean and std, for
     batches that mix timesteps; so the tables are derived here from the scheduler (Ho et al. 2020, eq. 6-7 for DDPM;
-    Song et al. 2021, eq. 12 for DDIM, with the noise computed again from the clamped clean sample).
+    Song et al. 2021, eq. 12 for DDIM, with the noise computed again from the clamped clean sample). Those of other schedulers
+    are measured, see :func:`~sb3_dppo.schedulers.affine_steps`.
 
-    :param scheduler: ``"ddpm"``, ``"ddim"`` or a diffusers ``DDPMScheduler`` or ``DDIMScheduler``, of which the class and the
-        options are kept, while K, the betas, the prediction type and the clamp come from the arguments below.
+    :param scheduler: ``"ddpm"``, ``"ddim"``, or another diffusers scheduler: itself, its name or its configuration. Its class
+        and options are kept, while K, the betas, the prediction type and the clamp come from the arguments below.
     :param denoising_steps: K, the steps of the trained diffusion model.
     :param inference_steps: S, the steps that are run. ``None`` means K, the only choice for DDPM.
     :param beta_schedule: diffusers' name of the noise schedule.
@@ -72,7 +72,7 @@ class DenoisingProcess(nn.Module):
 
     def __init__(
         self,
-        scheduler: "str | DDPMScheduler | DDIMScheduler" = "ddpm",
+        scheduler: Any = "ddpm",
         denoising_steps: int = 20,
         inference_steps: int | None = None,
         beta_schedule: str = "squaredcos_cap_v2",
@@ -100,12 +100,21 @@ class DenoisingProcess(nn.Module):
             clip_sample_range=1.0 if clip_sample_range is None else clip_sample_range,
         )
         self.scheduler = make_scheduler(scheduler, config)
+        # What is added to demonstrations does not depend on the sampler.
+        self.training_scheduler = make_scheduler("ddpm", config)
         self.is_ddim = type(self.scheduler).__name__ == "DDIMScheduler"
-        self._check_inference_steps()
-        self.scheduler.set_timesteps(self.inference_steps)
+        if self.is_ddim or type(self.scheduler).__name__ == "DDPMScheduler":
+            self._check_inference_steps()
+            self.scheduler.set_timesteps(self.inference_steps)
+            table = self._make_table(self.scheduler.timesteps)
+        else:
+            unclamped = make_scheduler(self.scheduler, config | dict(clip_sample=False))
+            steps = affine_steps(unclamped, self.inference_steps)
+            self.scheduler.set_timesteps(self.inference_steps)
+            table = self._measured_table(self.scheduler.timesteps.long(), steps)
         # Not persistent: a saved policy can be loaded with another sampler.
-        self.register_buffer("timesteps", self.scheduler.timesteps.clone(), persistent=False)
-        self.register_buffer("table", self._make_table(), persistent=False)
+        self.register_buffer("timesteps", self.scheduler.timesteps.long(), persistent=False)
+        self.register_buffer("table", table, persistent=False)
         self._numbers = [Coefficients(*column) for column in self.table.t().tolist()]
 
     def _check_inference_steps(self) -> None:
@@ -119,38 +128,74 @@ class DenoisingProcess(nn.Module):
             divisors = [n for n in range(1, K + 1) if K % n == 0]
             raise ValueError(f"inference_steps={S} must divide denoising_steps={K} for DDIM: choose one of {divisors}.")
 
-    def _make_table(self) -> th.Tensor:
+    def _make_table(self, timesteps: th.Tensor) -> th.Tensor:
         """
-        :return: The ``Coefficients`` of every position, shape (10, S).
+        :param timesteps: The timestep of every position, shape (S,).
+        :return: The ``Coefficients`` of DDPM or DDIM at every position, shape (10, S).
         """
         stride = self.denoising_steps // self.inference_steps if self.is_ddim else 1
-        previous = self.timesteps - stride
+        previous = timesteps - stride
         alphas = self.scheduler.alphas_cumprod.double()
-        alpha = alphas[self.timesteps]
+        alpha = alphas[timesteps]
         # DDPM ends at the clean sample; DDIM's last target is an option of the scheduler (set_alpha_to_one).
         final_alpha = self.scheduler.final_alpha_cumprod.double() if self.is_ddim else th.ones((), dtype=th.double)
         alpha_prev = th.where(previous >= 0, alphas[previous.clamp(min=0)], final_alpha)
         beta = 1 - alpha / alpha_prev
+        variance = beta * (1 - alpha_prev) / (1 - alpha)
+        if not self.is_ddim and self.scheduler.config.variance_type == "fixed_large":
+            variance = th.where(previous >= 0, beta, 0.0)
+        return self._complete_table(
+            alpha,
+            mean_from_x0=alpha_prev.sqrt() if self.is_ddim else alpha_prev.sqrt() * beta / (1 - alpha),
+            mean_from_sample=th.zeros_like(alpha)
+            if self.is_ddim
+            else (alpha / alpha_prev).sqrt() * (1 - alpha_prev) / (1 - alpha),
+            one_minus_alpha_prev=1 - alpha_prev,
+            sigma=variance.clamp(min=0).sqrt(),
+        )
+
+    def _measured_table(self, timesteps: th.Tensor, steps: list[AffineStep]) -> th.Tensor:
+        """
+        :param timesteps: The timestep of every position, shape (S,).
+        :param steps: What another scheduler does there.
+        :return: The same as ``Coefficients``, shape (10, S).
+        """
+        alpha = self.scheduler.alphas_cumprod.double()[timesteps]
+        from_sample, from_output, sigma = th.tensor(steps, dtype=th.double).unbind(dim=1)
+        # The output acts through the clean sample that it predicts, which can be clamped.
+        x0_from_sample, x0_from_output, _, _ = self._x0_and_noise(alpha)
+        mean_from_x0 = from_output / x0_from_output
+        return self._complete_table(
+            alpha,
+            mean_from_x0=mean_from_x0,
+            mean_from_sample=from_sample - mean_from_x0 * x0_from_sample,
+            one_minus_alpha_prev=th.zeros_like(alpha),  # for DDIM's η only
+            sigma=sigma,
+        )
+
+    def _x0_and_noise(self, alpha: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+        """
+        :param alpha: Cumulative product of 1 - β, shape (S,).
+        :return: How the clean sample and the noise follow from the sample and the output, the first four ``Coefficients``.
+        """
         sqrt_alpha, sqrt_one_minus_alpha = alpha.sqrt(), (1 - alpha).sqrt()
         zero, one = th.zeros_like(alpha), th.ones_like(alpha)
-        x0_and_noise = {
+        return {
             "epsilon": (1 / sqrt_alpha, -sqrt_one_minus_alpha / sqrt_alpha, zero, one),
             "sample": (zero, one, 1 / sqrt_one_minus_alpha, -sqrt_alpha / sqrt_one_minus_alpha),
             "v_prediction": (sqrt_alpha, -sqrt_one_minus_alpha, sqrt_one_minus_alpha, sqrt_alpha),
         }[self.prediction_type]
-        variance = beta * (1 - alpha_prev) / (1 - alpha)
-        if not self.is_ddim and self.scheduler.config.variance_type == "fixed_large":
-            variance = th.where(previous >= 0, beta, 0.0)
-        coefficients = Coefficients(
-            *x0_and_noise,
-            sqrt_alpha=sqrt_alpha,
-            sqrt_one_minus_alpha=sqrt_one_minus_alpha,
-            mean_from_x0=alpha_prev.sqrt() if self.is_ddim else alpha_prev.sqrt() * beta / (1 - alpha),
-            mean_from_sample=zero if self.is_ddim else (alpha / alpha_prev).sqrt() * (1 - alpha_prev) / (1 - alpha),
-            one_minus_alpha_prev=1 - alpha_prev,
-            sigma=variance.clamp(min=0).sqrt(),
-        )
-        table = th.stack(list(coefficients)).float()
+
+    def _complete_table(self, alpha: th.Tensor, **coefficients: th.Tensor) -> th.Tensor:
+        """
+        :param alpha: Cumulative product of 1 - β, shape (S,).
+        :param coefficients: The ``Coefficients`` that do not follow from it, each of shape (S,).
+        :return: All of them, shape (10, S).
+        :raises ValueError: if the noise schedule makes one infinite.
+        """
+        predictions = self._x0_and_noise(alpha)
+        rows = Coefficients(*predictions, sqrt_alpha=alpha.sqrt(), sqrt_one_minus_alpha=(1 - alpha).sqrt(), **coefficients)
+        table = th.stack(list(rows)).float()
         if not table.isfinite().all():
             raise ValueError(
                 "scheduler: its noise schedule leaves no signal at the first step, which this prediction_type "
@@ -229,7 +274,7 @@ class DenoisingProcess(nn.Module):
             return noise
         if self.prediction_type == "sample":
             return actions
-        return self.scheduler.get_velocity(actions, noise, timesteps)
+        return self.training_scheduler.get_velocity(actions, noise, timesteps)
 
 
 def _combine(a: Any, x: th.Tensor, b: Any, y: th.Tensor) -> th.Tensor:
@@ -252,33 +297,3 @@ def gaussian_log_prob(x: th.Tensor, mean: th.Tensor, std: th.Tensor) -> th.Tenso
     """
     deviation = (x - mean) / std
     return th.addcmul(-(std.log() + LOG_SQRT_2PI), deviation, deviation, value=-0.5)
-
-
-def make_scheduler(scheduler: Any, config: dict[str, Any]) -> Any:
-    """
-    :param scheduler: A name, or a scheduler whose class and remaining options are kept.
-    :param config: The options that a trained denoiser fixes.
-    :return: A new diffusers scheduler.
-    """
-    # diffusers takes seconds to import: only when a policy is built, not with the package.
-    from diffusers import DDIMScheduler, DDPMScheduler
-
-    named = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
-    if isinstance(scheduler, str):
-        if scheduler not in named:
-            raise ValueError(f"scheduler={scheduler!r} is unknown: choose 'ddpm', 'ddim' or a diffusers scheduler.")
-        return named[scheduler](**config)
-    if type(scheduler) not in named.values():
-        raise ValueError(
-            f"scheduler={type(scheduler).__name__} is not supported: its step must be a Gaussian transition with known mean "
-            "and std. Choose 'ddpm', 'ddim', a diffusers.DDPMScheduler or a diffusers.DDIMScheduler."
-        )
-    if scheduler.config.thresholding:
-        raise ValueError(
-            "scheduler: thresholding=True makes a step depend on the whole sample: use clip_sample_range instead."
-        )
-    if "learned" in getattr(scheduler.config, "variance_type", ""):
-        raise ValueError("scheduler: a learned variance_type needs a denoiser that predicts it: use 'fixed_small'.")
-    # diffusers lists the options that were left at their defaults, and would ignore new values for these.
-    options = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    return type(scheduler)(**{**options, **config, "trained_betas": None})

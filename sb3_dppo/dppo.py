@@ -115,8 +115,10 @@ class DPPO(OnPolicyAlgorithm):
         features are extracted once. ``None`` means "decisions" if the features extractor has parameters, else "pairs".
     :param act_steps: Ta, the actions of a chunk that are executed before planning again. ``None`` means the policy's
         ``horizon``.
-    :param scheduler: "ddpm", "ddim" or a diffusers ``DDPMScheduler`` or ``DDIMScheduler``
-    :param inference_steps: S, denoising steps that are run: ``None`` for all, or for DDIM a divisor of ``denoising_steps``
+    :param scheduler: "ddpm", "ddim" or another diffusers scheduler whose steps are Gaussian with a mean that is affine in the
+        sample and the denoiser's output: itself, its name, or its configuration (a mapping with ``_class_name``)
+    :param inference_steps: S, denoising steps that are run: ``None`` for all, for DDIM a divisor of ``denoising_steps``, for
+        another scheduler what it can run
     :param eta: DDIM's η when exploring
     :param learn_eta: DDIM only: learn η, from ``eta`` on, one for each action dimension ("action") or as a function of the
         observation ("state"); ``None``: it stays

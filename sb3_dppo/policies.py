@@ -80,7 +80,8 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
     :param optimizer_class: Optimiser of the actor and of the critic.
     :param optimizer_kwargs: Keyword arguments for it, except the learning rate. AdamW has no weight decay unless named here.
     :param act_steps: Ta, the actions of a chunk that are executed before planning again. ``None`` means ``horizon``.
-    :param scheduler: "ddpm", "ddim" or a diffusers scheduler of one of these classes.
+    :param scheduler: "ddpm", "ddim" or another diffusers scheduler whose steps are Gaussian with a mean that is affine in the
+        sample and the denoiser's output: itself, its name, or its configuration (a mapping with ``_class_name``).
     :param inference_steps: S, the denoising steps that are run. ``None`` means K.
     :param eta: DDIM's η in exploration: 1 is as noisy as DDPM, 0 adds no noise but the floor below.
     :param learn_eta: DDIM only: learn η, from ``eta`` on, one for each action dimension ("action") or as a function of the
@@ -674,7 +675,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
             timesteps = th.randint(self.denoising_steps, (len(actions),), device=actions.device)
         if noise is None:
             noise = th.randn_like(actions)
-        noisy = self.process.scheduler.add_noise(actions, noise, timesteps)
+        noisy = self.process.training_scheduler.add_noise(actions, noise, timesteps)
         with self.autocast():
             embeddings = self.denoiser.embed_timesteps(th.arange(self.denoising_steps, device=actions.device))
             output = self.denoiser(noisy, embeddings[timesteps], self.encode(self.extract_features(obs)))

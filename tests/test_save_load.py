@@ -38,7 +38,10 @@ def test_round_trip_with_both_optimisers_and_the_base_denoiser(tmp_path: Path) -
     model.save(tmp_path / "model")
     loaded = DPPO.load(tmp_path / "model", env=model.env)
     assert states_equal(model.get_parameters(), loaded.get_parameters())
-    assert set(model.get_parameters()) == {"policy", *(f"policy.{name}" for name in ("optimizer", "critic_optimizer", "eta_optimizer"))}
+    assert set(model.get_parameters()) == {
+        "policy",
+        *(f"policy.{name}" for name in ("optimizer", "critic_optimizer", "eta_optimizer")),
+    }
     assert any(name.startswith("base_denoiser.") for name in model.get_parameters()["policy"])
     assert len(model.get_parameters()["policy.critic_optimizer"]["state"]) > 0
     assert loaded.num_timesteps == model.num_timesteps
