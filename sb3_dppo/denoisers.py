@@ -175,11 +175,14 @@ class MlpDenoiser(Denoiser):
     :param residual: See :func:`make_mlp`.
     :param layer_norm: See :func:`make_mlp`.
     :param obs_encoder_arch: Widths of an encoder of the features, the last one its output size; ``None``: no encoder.
+    :param film: Whether time embedding and features also scale and shift the hidden layers before each activation or residual
+        block (FiLM, Perez et al. 2018), from the identity on.
     """
 
     sinusoids: th.Tensor
     time_mlp: nn.Sequential
     mlp: nn.Sequential
+    film: nn.Linear | None
 
     def __init__(
         self,
@@ -193,6 +196,7 @@ class MlpDenoiser(Denoiser):
         residual: bool = True,
         layer_norm: bool = False,
         obs_encoder_arch: Sequence[int] | None = None,
+        film: bool = False,
     ) -> None:
         super().__init__()
         from diffusers.models.embeddings import get_timestep_embedding
@@ -212,21 +216,62 @@ class MlpDenoiser(Denoiser):
         self.mlp = make_mlp(
             sum(self.input_sizes), chunk_dim, net_arch, activation_fn, residual=residual, layer_norm=layer_norm
         )
+        # Runs of layers between which the hidden layers are modulated.
+        self._runs: list[list[nn.Module]] = [[]]
+        for layer in self.mlp:
+            if film and not isinstance(layer, (nn.Linear, nn.LayerNorm)):
+                self._runs.append([])
+            self._runs[-1].append(layer)
+        self.film = None
+        if film:
+            self._widths = list(net_arch[: len(self._runs) - 1])
+            self.film = nn.Linear(time_dim + features_dim, 2 * sum(self._widths))
+            nn.init.zeros_(self.film.weight)
+            nn.init.zeros_(self.film.bias)
 
     def for_chain(self, features: th.Tensor, timesteps: th.Tensor) -> list[Callable[[th.Tensor], th.Tensor]]:
         first, *following = self.mlp.children()
         assert isinstance(first, nn.Linear)
         # The first layer by what it sees: at each step only the noisy chunk's part is computed anew.
         chunk_weight, time_weight, obs_weight = first.weight.t().split(self.input_sizes)
-        obs_part = self.encode(features) @ obs_weight
-        time_parts = th.addmm(first.bias, self.embed_timesteps(timesteps), time_weight)
-        rest = in_sequence(following)
+        condition, embeddings = self.encode(features), self.embed_timesteps(timesteps)
+        obs_part = condition @ obs_weight
+        time_parts = th.addmm(first.bias, embeddings, time_weight)
+        if self.film is None:
+            rest = in_sequence(following)
 
-        def predict(time_part: th.Tensor, sample: th.Tensor) -> th.Tensor:
+            def predict(time_part: th.Tensor, sample: th.Tensor) -> th.Tensor:
+                hidden = th.addmm(obs_part, sample.flatten(1), chunk_weight).add_(time_part)
+                return rest(hidden).view_as(sample)
+
+            return [partial(predict, time_part) for time_part in time_parts.unbind()]
+
+        time_film, obs_film = self.film.weight.t().split(self.input_sizes[1:])
+        obs_modulation = th.addmm(self.film.bias, condition, obs_film)
+        time_modulations = embeddings @ time_film
+        runs = [in_sequence(run) for run in [self._runs[0][1:], *self._runs[1:]]]
+
+        def predict_modulated(time_part: th.Tensor, time_modulation: th.Tensor, sample: th.Tensor) -> th.Tensor:
             hidden = th.addmm(obs_part, sample.flatten(1), chunk_weight).add_(time_part)
-            return rest(hidden).view_as(sample)
+            return self._modulated(runs, hidden, obs_modulation + time_modulation).view_as(sample)
 
-        return [partial(predict, time_part) for time_part in time_parts.unbind()]
+        parts = zip(time_parts.unbind(), time_modulations.unbind(), strict=True)
+        return [partial(predict_modulated, *part) for part in parts]
+
+    def _modulated(
+        self, runs: Sequence[Callable[[th.Tensor], th.Tensor]], hidden: th.Tensor, modulation: th.Tensor
+    ) -> th.Tensor:
+        """
+        :param runs: Functions of hidden layers.
+        :param hidden: Input of the first, shape (B, ...).
+        :param modulation: Scales (less 1) and shifts of the inputs of the others, shape (B, 2 · their widths).
+        :return: Output of the last.
+        """
+        scales, shifts = (part.split(self._widths, dim=1) for part in modulation.chunk(2, dim=1))
+        hidden = runs[0](hidden)
+        for run, scale, shift in zip(runs[1:], scales, shifts, strict=True):
+            hidden = run(th.addcmul(hidden + shift, hidden, scale))
+        return hidden
 
     def encode(self, features: th.Tensor) -> th.Tensor:
         return self.obs_encoder(features)
@@ -235,8 +280,11 @@ class MlpDenoiser(Denoiser):
         return self.time_mlp(self.sinusoids[timesteps])
 
     def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
-        time_embedding = time_embedding.expand(len(sample), -1)
-        return self.mlp(th.cat([sample.flatten(1), time_embedding, condition], dim=1)).view_as(sample)
+        inputs = th.cat([sample.flatten(1), time_embedding.expand(len(sample), -1), condition], dim=1)
+        if self.film is None:
+            return self.mlp(inputs).view_as(sample)
+        modulation = self.film(inputs[:, self.input_sizes[0] :])
+        return self._modulated([nn.Sequential(*run) for run in self._runs], inputs, modulation).view_as(sample)
 
 
 class UnetDenoiser(Denoiser):

@@ -65,12 +65,14 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
     :param clip_sample_range: Clamp of the predicted clean chunk to ± this value, or ``None``.
     :param clip_noise_pred: DDIM only: clamp of the noise that follows from it, or ``None``.
     :param clip_final_action: Clamp of the final sample, or ``None``.
-    :param residual: (With ``layer_norm``, ``obs_encoder_arch`` and ``time_dim`` not for ``DiffusionUnetPolicy``'s denoiser.)
-        Use residual blocks in the denoiser, so that ``pi`` must be an odd number of equal widths.
+    :param residual: Use residual blocks in the denoiser, so that ``pi`` must be an odd number of equal widths. Like
+        ``layer_norm``, ``obs_encoder_arch``, ``film`` and ``time_dim`` not a setting of ``DiffusionUnetPolicy``'s and
+        ``DiffusionTransformerPolicy``'s denoisers.
     :param critic_residual: The same for the critic; ``None`` means as ``residual``.
     :param layer_norm: Normalise the hidden layers of the denoiser.
     :param critic_layer_norm: Normalise the hidden layers of the critic.
     :param obs_encoder_arch: Widths of an encoder of the observation inside the denoiser, or ``None``.
+    :param film: Let time and observation scale and shift the denoiser's hidden layers, too (FiLM).
     :param time_dim: Size of the time embedding, even.
     :param activation_fn: Activation of the denoiser and its observation encoder.
     :param critic_activation_fn: Activation of the critic.
@@ -128,6 +130,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         layer_norm: bool = False,
         critic_layer_norm: bool = False,
         obs_encoder_arch: list[int] | None = None,
+        film: bool = False,
         time_dim: int = 16,
         activation_fn: type[nn.Module] = nn.ReLU,
         critic_activation_fn: type[nn.Module] = nn.Mish,
@@ -833,6 +836,7 @@ class DiffusionMlpPolicy(DiffusionActorCriticPolicy):
             residual=arguments["residual"],
             layer_norm=arguments["layer_norm"],
             obs_encoder_arch=arguments["obs_encoder_arch"],
+            film=arguments["film"],
         )
 
 
@@ -865,7 +869,7 @@ class DiffusionUnetPolicy(DiffusionActorCriticPolicy):
 
     def _make_denoiser(self) -> Denoiser:
         arguments = self._constructor_parameters
-        for name in ("layer_norm", "obs_encoder_arch"):
+        for name in ("layer_norm", "obs_encoder_arch", "film"):
             if arguments[name]:
                 raise ValueError(f"{name}={arguments[name]} is a setting of DiffusionMlpPolicy: the UNet has its own.")
         levels: Sequence[int] = self.net_arch["pi"]  # type: ignore[call-overload]
@@ -885,7 +889,7 @@ class DiffusionTransformerPolicy(DiffusionActorCriticPolicy):
 
     def _make_denoiser(self) -> Denoiser:
         arguments = self._constructor_parameters
-        for name in ("layer_norm", "obs_encoder_arch"):
+        for name in ("layer_norm", "obs_encoder_arch", "film"):
             if arguments[name]:
                 raise ValueError(f"{name}={arguments[name]} is a setting of DiffusionMlpPolicy: the transformer has its own.")
         layers: Sequence[int] = self.net_arch["pi"]  # type: ignore[call-overload]

@@ -55,6 +55,26 @@ def test_sampled_log_probs_are_those_of_the_chain(
         th.testing.assert_close(policy.chain_log_prob(obs, sampled.chain), sampled.log_prob, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_film(residual: bool, layer_norm: bool) -> None:
+    kwargs: dict[str, Any] = dict(residual=residual, layer_norm=layer_norm, obs_encoder_arch=[8, 6])
+    kwargs["net_arch"] = dict(pi=[16] * 3, vf=[16])
+    plain, film = make_policy(**kwargs), make_policy(film=True, **kwargs)
+    film.load_state_dict(plain.state_dict(), strict=False)
+    obs, noise = th.randn(5, 5), plain.draw_noise(5)
+    # It begins as the identity.
+    before = film.sample_chain(obs, noise=noise)
+    th.testing.assert_close(before.chain, plain.sample_chain(obs, noise=noise).chain)
+    for parameter in (film.denoiser.film.weight, film.denoiser.film.bias):
+        th.nn.init.normal_(parameter, std=0.3)
+    sampled = film.sample_chain(obs, noise=noise)
+    assert not th.allclose(sampled.chain, before.chain, atol=1e-2)
+    th.testing.assert_close(film.chain_log_prob(obs, sampled.chain), sampled.log_prob, rtol=1e-3, atol=1e-3)
+    film.chain_log_prob(obs, sampled.chain).sum().backward()
+    assert (film.denoiser.film.weight.grad != 0).any()
+
+
 def test_noise_is_the_only_randomness_and_only_step_noise_is_clipped() -> None:
     policy = make_policy(noise_clip=0.5, ft_denoising_steps=4)
     obs, noise = th.randn(3, 5), 2 * th.randn(5, 3, 4, 2)
