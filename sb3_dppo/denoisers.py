@@ -224,6 +224,11 @@ class MlpDenoiser(Denoiser):
             self._runs[-1].append(layer)
         self.film = None
         if film:
+            if len(self._runs) == 1:
+                raise ValueError(
+                    f"net_arch={list(net_arch)} has no residual block that film=True could modulate: use three layers or "
+                    "more, or residual=False."
+                )
             self._widths = list(net_arch[: len(self._runs) - 1])
             self.film = nn.Linear(time_dim + features_dim, 2 * sum(self._widths))
             nn.init.zeros_(self.film.weight)

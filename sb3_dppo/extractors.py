@@ -3,7 +3,7 @@
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from torch import nn
 from torch.nn import functional as F
 
@@ -128,3 +128,7 @@ def shift_at_random(images: th.Tensor, pad: int) -> th.Tensor:
     index = th.arange(n, device=images.device)[:, None, None]
     # Indices around the channel dimension come first: (B, H, W, C).
     return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+# What can be named where a class can't be written, as in YAML.
+EXTRACTORS = {cls.__name__: cls for cls in (FlattenExtractor, NatureCNN, CombinedExtractor, VitExtractor)}

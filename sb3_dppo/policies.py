@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from sb3_dppo.acceleration import COMPILE_OPTIONS, PRECISIONS, Compiled, CudaGraphs, precision_context, threads_for
 from sb3_dppo.denoisers import Denoiser, MlpDenoiser, TransformerDenoiser, UnetDenoiser, make_mlp
 from sb3_dppo.denoising import DenoisingChain, DenoisingProcess, gaussian_log_prob
+from sb3_dppo.extractors import EXTRACTORS
 from sb3_dppo.observations import batch_size_of, check_observation_space, parts_of, take, vector_keys
 
 # The std of DDPM's deterministic mode, which is 0 at the last step only.
@@ -76,7 +77,8 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
     :param time_dim: Size of the time embedding, even.
     :param activation_fn: Activation of the denoiser and its observation encoder.
     :param critic_activation_fn: Activation of the critic.
-    :param features_extractor_class: Features extractor; actor, base denoiser and critic each have their own.
+    :param features_extractor_class: Features extractor, or the name of one of SB3's or ours, as in YAML; actor, base denoiser
+        and critic each have their own.
     :param features_extractor_kwargs: Keyword arguments for it.
     :param normalize_images: Whether to divide images by 255.
     :param optimizer_class: Optimiser of the actor and of the critic.
@@ -134,7 +136,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         time_dim: int = 16,
         activation_fn: type[nn.Module] = nn.ReLU,
         critic_activation_fn: type[nn.Module] = nn.Mish,
-        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_class: type[BaseFeaturesExtractor] | str = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
         optimizer_class: type[th.optim.Optimizer] = th.optim.AdamW,
@@ -159,6 +161,13 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
                 "use_sde=True is not supported: a diffusion policy explores with the noise of its denoising steps."
             )
         check_action_space(action_space)
+        if isinstance(features_extractor_class, str):
+            if features_extractor_class not in EXTRACTORS:
+                raise ValueError(
+                    f"features_extractor_class={features_extractor_class!r} is unknown: choose one of {list(EXTRACTORS)} or a "
+                    "class."
+                )
+            features_extractor_class = EXTRACTORS[features_extractor_class]
         check_observation_space(observation_space, features_extractor_class)
         self._constructor_parameters = {
             name: value
@@ -843,7 +852,9 @@ class DiffusionMlpPolicy(DiffusionActorCriticPolicy):
 class DiffusionCnnPolicy(DiffusionMlpPolicy):
     __doc__ = DiffusionActorCriticPolicy.__doc__
 
-    def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] | str = NatureCNN, **kwargs: Any
+    ) -> None:
         super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)  # type: ignore[misc]
 
 
@@ -851,7 +862,7 @@ class DiffusionMultiInputPolicy(DiffusionMlpPolicy):
     __doc__ = DiffusionActorCriticPolicy.__doc__
 
     def __init__(
-        self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs: Any
+        self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] | str = CombinedExtractor, **kwargs: Any
     ) -> None:
         super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)  # type: ignore[misc]
 

@@ -78,6 +78,8 @@ CASES = {
     ),
     "dict-vectors": ("DiffusionMultiInputPolicy", VectorDictEnv, dict(policy_kwargs=dict(horizon=2))),
     "unet-vit": ("DiffusionUnetPolicy", lambda: PixelPendulum(), dict(policy_kwargs=VIT | dict(net_arch=dict(pi=[8, 16])))),
+    "mlp-film": ("DiffusionMlpPolicy", "Pendulum-v1", dict(policy_kwargs=dict(film=True, net_arch=dict(pi=[16] * 3)))),
+    "unet": ("DiffusionUnetPolicy", "Pendulum-v1", dict(policy_kwargs=dict(net_arch=dict(pi=[8, 16])))),
     "transformer": ("DiffusionTransformerPolicy", "Pendulum-v1", dict(policy_kwargs=dict(net_arch=dict(pi=[16, 16])))),
     "transformer-vit": (
         "DiffusionTransformerPolicy",
@@ -87,19 +89,33 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
-@pytest.mark.parametrize("case", CASES)
-def test_train_save_load_predict(case: str, scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "ddpm": dict(scheduler="ddpm"),
+    "ddim": dict(scheduler="ddim"),
+    "ddim-eta-per-action": dict(scheduler="ddim", learn_eta="action"),
+    "ddim-eta-of-state": dict(scheduler="ddim", learn_eta="state"),
+    "euler": dict(scheduler="EulerDiscreteScheduler"),
+}
+# One case of each policy class, and DDPM and DDIM for all.
+EVERY_SAMPLER = ("mlp-film", "unet", "transformer", "cnn", "dict-vectors")
+
+
+@pytest.mark.parametrize(
+    "case,sampler",
+    [(case, sampler) for case in CASES for sampler in SAMPLERS if case in EVERY_SAMPLER or sampler in ("ddpm", "ddim")],
+)
+def test_train_save_load_predict(case: str, sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     policy, make_env, kwargs = CASES[case]
     env = make_env if isinstance(make_env, str) else DummyVecEnv([make_env, make_env])
-    model = make_model(policy, env, scheduler=scheduler, **kwargs)
+    model = make_model(policy, env, **SAMPLERS[sampler], **kwargs)
     before = {name: value.clone() for name, value in model.policy.state_dict().items()}
     model.learn(64)
     changed = [name for name, value in model.policy.state_dict().items() if not th.equal(value, before[name])]
     assert any(name.startswith("denoiser.") for name in changed)
     assert any(name.startswith("critic.") for name in changed)
     assert not any(name.startswith("base_") for name in changed)
+    assert any(name.startswith("eta_network.") for name in changed) == ("eta" in sampler)
     if list(model.policy.pi_features_extractor.parameters()):
         # Encoders learn with their networks, and observations of images stay bytes.
         assert any(name.startswith("pi_features_extractor.") for name in changed)

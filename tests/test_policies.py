@@ -310,6 +310,8 @@ def test_features_extractor_and_encoder_have_frozen_copies() -> None:
         (dict(horizon=0), "horizon=0"),
         (dict(net_arch=dict(pi=[16, 16])), r"net_arch=\[16, 16\].*odd number of equal widths.*residual=False"),
         (dict(net_arch=dict(pi=[16, 8, 16])), r"odd number of equal widths"),
+        (dict(film=True), r"net_arch=\[16\] has no residual block that film=True could modulate"),
+        (dict(features_extractor_class="Vit"), "features_extractor_class='Vit' is unknown"),
         (dict(use_sde=True), "use_sde"),
     ],
 )
@@ -321,6 +323,8 @@ def test_errors(kwargs: dict[str, Any], message: str) -> None:
 def test_unet_errors() -> None:
     with pytest.raises(ValueError, match="horizon=1 can't be halved 1 times"):
         make_policy(DiffusionUnetPolicy, horizon=1)
+    with pytest.raises(ValueError, match="film=True is a setting of DiffusionMlpPolicy"):
+        make_policy(DiffusionUnetPolicy, film=True)
     with pytest.raises(ValueError, match="obs_encoder_arch"):
         make_policy(DiffusionUnetPolicy, obs_encoder_arch=[8])
     with pytest.raises(ValueError, match="multiples of 8"):

@@ -163,6 +163,55 @@ def test_packaged_hyperparameters(name: str) -> None:
         assert n_envs >= 1
 
 
+POLICIES = {
+    "DiffusionMlpPolicy": ("Pendulum-v1", "net_arch=dict(pi=[16] * 3, vf=[16]), film=True"),
+    "DiffusionUnetPolicy": ("Pendulum-v1", "net_arch=dict(pi=[8, 16], vf=[16])"),
+    "DiffusionTransformerPolicy": ("Pendulum-v1", "net_arch=dict(pi=[16, 16], vf=[16])"),
+    "DiffusionCnnPolicy": ("Pixels-v0", "net_arch=dict(pi=[16], vf=[16]), features_extractor_class='VitExtractor'"),
+    "DiffusionMultiInputPolicy": ("Dict-v0", "net_arch=dict(pi=[16], vf=[16])"),
+}
+SAMPLERS: list[dict[str, Any]] = [
+    dict(scheduler="ddpm", lr_decay="cosine", lr_warmup=0.1, kl_coef=0.1, ft_denoising_anneal=[1, 1]),
+    dict(scheduler="ddim", inference_steps=2, learn_eta="state", eta_range=[0.2, 0.9], eta_learning_rate="lin_1e-3"),
+    dict(scheduler={"_class_name": "DPMSolverMultistepScheduler", "solver_order": 1}, inference_steps=3),
+]
+# All in one process, which takes seconds to start.
+TRAIN_ALL = """
+import sys
+
+import gymnasium
+import rl_zoo3.train
+
+from sb3_dppo import DPPO
+from tests.test_observations import PixelPendulum, VectorDictEnv
+
+gymnasium.register("Pixels-v0", PixelPendulum, max_episode_steps=8)
+gymnasium.register("Dict-v0", VectorDictEnv)
+for argument in sys.argv[1:]:
+    path, env_id = argument.split(":")
+    options = ["--algo", "dppo", "--env", env_id, "--conf-file", path, "--eval-freq", "-1", "-f", path + ".logs"]
+    sys.argv = ["train", *options]
+    rl_zoo3.train.train()
+    model = DPPO.load(f"{path}.logs/dppo/{env_id}_1/{env_id}.zip")
+    print("trained", type(model.policy).__name__, model.num_timesteps)
+"""
+
+
+def test_every_policy_and_sampler_from_yaml(tmp_path: Path) -> None:
+    arguments = []
+    for policy, (env_id, policy_kwargs) in POLICIES.items():
+        for i, sampler in enumerate(SAMPLERS):
+            entry = dict(policy=policy, n_timesteps=64, n_envs=2, n_steps=16, batch_size=32, n_epochs=1)
+            entry |= sampler | dict(policy_kwargs=f"dict(denoising_steps=4, {policy_kwargs})")
+            path = tmp_path / f"{policy}_{i}.yml"
+            path.write_text(yaml.safe_dump({env_id: entry}))
+            arguments.append(f"{path}:{env_id}")
+    root = str(Path(__file__).parent.parent)
+    out = run("-c", TRAIN_ALL, *arguments, cwd=tmp_path, PYTHONPATH=root, SDL_VIDEODRIVER="dummy").stdout
+    for policy in POLICIES:
+        assert out.count(f"trained {policy} 64") == len(SAMPLERS)
+
+
 def test_hyperparams_file() -> None:
     assert hyperparams_file().name == "dppo.yml"
     assert hyperparams_file("no-such.zip").name == "dppo.yml"
