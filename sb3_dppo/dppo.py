@@ -7,6 +7,7 @@ import math
 import pathlib
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import zip_longest
 from typing import Any, ClassVar, TypeVar
 
@@ -40,14 +41,7 @@ from sb3_dppo.buffers import (
 )
 from sb3_dppo.checkpoints import RunState, atomic_write
 from sb3_dppo.denoising import gaussian_log_prob
-from sb3_dppo.faults import (
-    ON_BAD_ENV,
-    check_finite,
-    interruptible,
-    n_bad_env_resets,
-    report_dead_workers,
-    reset_bad_envs,
-)
+from sb3_dppo.faults import ON_BAD_ENV, EnvGuard, check_finite, interruptible
 from sb3_dppo.observations import check_observation_space, stack, take
 from sb3_dppo.policies import (
     DiffusionActorCriticPolicy,
@@ -289,6 +283,7 @@ class DPPO(OnPolicyAlgorithm):
         self.on_bad_env = on_bad_env
 
         self.n_rollouts = 0
+        self.n_bad_env_resets = 0
         # RL Zoo's plug-in reads it in saved files, to choose hyperparameters.
         self.pretrained_on_demonstrations = False
         self.reward_scaler = RewardScaler()
@@ -482,7 +477,7 @@ class DPPO(OnPolicyAlgorithm):
             raise ValueError("The model has no env to learn in: pass env to DPPO.load(path, env=env), or call set_env(env).")
         self._check_training_arguments()
         self._warn_about_training_arguments()
-        with interruptible(self._describe_interruption):
+        with interruptible(self._describe_interruption), EnvGuard(self):
             return super().learn(
                 total_timesteps=int(total_timesteps),
                 callback=callback,
@@ -501,6 +496,12 @@ class DPPO(OnPolicyAlgorithm):
             return f"{where}, in an update: a model saved now holds a part of it. Checkpoints go on exactly."
         return f"{where}, in a rollout: a model saved now goes on exactly at the start of this rollout, as a checkpoint does."
 
+    def describe_env_step(self) -> str:
+        """
+        :return: Which env step is being made, for errors.
+        """
+        return f"after env step {self.num_timesteps // self.n_envs + 1} (num_timesteps={self.num_timesteps})"
+
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout may go beyond the total: schedules end at 0 and not below, where learning rates would be negative.
         self._current_progress_remaining = max(0.0, 1.0 - num_timesteps / total_timesteps)
@@ -513,20 +514,15 @@ class DPPO(OnPolicyAlgorithm):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[int, BaseCallback]:
-        assert self.env is not None
         run_state, self._run_state, self._rollout_start = self._run_state, None, None
-        if self.on_bad_env == "reset":
-            self.env = reset_bad_envs(self.env)
-        with report_dead_workers(self.env):
-            if run_state is not None and not reset_num_timesteps:
-                run_state.restore(self)
-            total_timesteps, callback = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
+        if run_state is not None and not reset_num_timesteps:
+            run_state.restore(self)
+        total_timesteps, callback = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
         if run_state is not None and not reset_num_timesteps:
             # After ``total_timesteps`` was counted from where the file was saved: what was collected of its rollout is
             # collected again.
             self.num_timesteps = self._num_timesteps_at_start = run_state.num_timesteps
-        assert self._last_obs is not None and self._last_episode_starts is not None
-        check_finite(self._last_obs, np.zeros(self.n_envs), "after reset()")  # type: ignore[arg-type]
+        assert self._last_episode_starts is not None
         if self._last_episode_starts.all():
             self.reward_scaler.forget_episodes(self.n_envs)
         return total_timesteps, callback
@@ -568,10 +564,11 @@ class DPPO(OnPolicyAlgorithm):
             actions = chunks[np.arange(env.num_envs), n_executed]
             n_executed += 1
 
-            with report_dead_workers(env):
-                new_obs, rewards, dones, infos = env.step(actions)
-            step = self.num_timesteps // self.n_envs + 1
-            check_finite(new_obs, rewards, f"after env step {step} (num_timesteps={self.num_timesteps})")
+            new_obs, rewards, dones, infos = env.step(actions)
+            # Again, for wrappers may have made it out of finite numbers.
+            when = self.describe_env_step()
+            check_finite("observation", new_obs, when)
+            check_finite("reward", rewards, when)
             self.num_timesteps += env.num_envs
 
             # Give access to local variables
@@ -592,7 +589,7 @@ class DPPO(OnPolicyAlgorithm):
             rollout_buffer.scale_rewards(self.reward_scaler)
         rollout_buffer.compute_returns_and_advantage(last_values)
         if self.on_bad_env == "reset":
-            self.logger.record("rollout/bad_env_resets", n_bad_env_resets(env))
+            self.logger.record("rollout/bad_env_resets", self.n_bad_env_resets)
 
         callback.update_locals(locals())
         callback.on_rollout_end()
@@ -969,14 +966,15 @@ class DPPO(OnPolicyAlgorithm):
         :param include: Attributes to save that would be left out by default
         :raises OSError: if the file can't be written, for instance because the disk is full
         """
+        opened: AbstractContextManager[Any] = nullcontext(path)
         if isinstance(path, (str, pathlib.Path)):
             path = pathlib.Path(path)
-            with atomic_write(path if path.suffix else path.with_suffix(".zip")) as file:
-                return self.save(file, exclude, include)  # type: ignore[arg-type]
+            opened = atomic_write(path if path.suffix else path.with_suffix(".zip"))
         loaded = self._run_state
         self._run_state = loaded or self._rollout_start or RunState.of(self)
         try:
-            super().save(path, exclude, include)
+            with opened as file:
+                super().save(file, exclude, include)
         finally:
             self._run_state = loaded
 

@@ -38,7 +38,6 @@ SETTINGS: dict[str, Any] = dict(
     lr_decay="cosine",
     lr_warmup=0.1,
     min_sampling_std="lin_0.3",
-    scale_rewards=False,
     seed=0,
     device="cpu",
 )
@@ -237,6 +236,7 @@ def interrupted(folder: str) -> None:
 
 def train_with_workers(folder: str) -> None:
     """A long run with processes, whose numbers are written down."""
+    os.setsid()  # A group of processes, as a program that is started in a terminal.
     th.set_num_threads(1)
     env = make_vec_env(WalkEnv, N_ENVS, vec_env_cls=SubprocVecEnv)
     assert isinstance(env, SubprocVecEnv)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
@@ -40,7 +40,7 @@ def make_model(env: VecEnv, **changes: Any) -> DPPO:
 
 def goes_on(path: Path) -> bool:
     """Whether a file is whole and can be trained."""
-    model = DPPO.load(path, env=make_vec_env(WalkEnv, N_ENVS))
+    model = DPPO.load(path, env=make_vec_env(WalkEnv, N_ENVS), critic_learning_rate=1e-3)
     assert all(value.isfinite().all() for value in model.policy.state_dict().values())
     model.learn(16, reset_num_timesteps=False)
     return True
@@ -99,14 +99,17 @@ def test_an_env_that_raises_in_this_process(tmp_path: Path) -> None:
     assert goes_on(tmp_path / f"rl_model_{18 * 3}_steps.zip")
 
 
-@pytest.mark.parametrize("fault,what", [("nan", "observation"), ("inf", "observation"), ("nan reward", "reward")])
+@pytest.mark.parametrize(
+    "fault,what",
+    [("nan", "observation"), ("inf", "observation"), ("nan reward", "reward"), ("nan at the end", "last observation")],
+)
 def test_nan_from_an_env_stops_training(fault: str, what: str, tmp_path: Path) -> None:
     env = VecNormalize(make_env(fault))
     model = make_model(env)
-    with pytest.raises(ValueError, match=rf"{what} of env 1 is NaN or infinite after env step 20 \(num_timesteps=57\)"):
+    with pytest.raises(ValueError, match=rf"{what} of env 1.* is NaN or infinite after env step 20 \(num_timesteps=57\)"):
         model.learn(TOTAL, callback=CheckpointCallback(18, str(tmp_path)))
-    # The statistics of VecNormalize have seen it; a file goes on with those before.
-    assert not np.isfinite(env.obs_rms.mean).all() or not np.isfinite(env.ret_rms.mean)  # type: ignore[union-attr]
+    # Nothing has remembered it.
+    assert np.isfinite(env.obs_rms.mean).all() and np.isfinite(env.ret_rms.mean)  # type: ignore[union-attr]
     model.save(tmp_path / "after.zip")
     for path in tmp_path.glob("*.zip"):
         fresh = VecNormalize(make_env("none"))
@@ -152,14 +155,16 @@ def test_a_bad_env_is_reset(vec_env_cls: Any, fault: str, tmp_path: Path) -> Non
 def test_a_bad_env_is_reset_below_other_wrappers(tmp_path: Path) -> None:
     env = VecNormalize(VecFrameStack(make_env("nan"), 2))
     model = make_model(env, on_bad_env="reset")
+    evaluation = EvalCallback(VecNormalize(VecFrameStack(make_env("none"), 2)), eval_freq=50, n_eval_episodes=1)
     with pytest.warns(UserWarning, match="was reset"):
-        model.learn(TOTAL)
+        model.learn(TOTAL, callback=evaluation)
     assert np.isfinite(env.obs_rms.mean).all() and np.isfinite(env.ret_rms.mean)  # type: ignore[union-attr]
-    # Also with a file, and once only.
     model.save(tmp_path / "model")
     loaded = DPPO.load(tmp_path / "model", env=env)
     loaded.learn(48, reset_num_timesteps=False)
-    assert str(type(env.unwrapped)).count("Dummy") and str(env).count("ResetBadEnvs") <= 1
+    assert loaded.n_bad_env_resets == model.n_bad_env_resets == 1
+    # Only while learning.
+    assert not {"reset", "step_wait"} & set(vars(env.unwrapped))
 
 
 def test_an_env_that_stays_bad(tmp_path: Path) -> None:
@@ -285,7 +290,8 @@ def test_no_process_is_left(number: signal.Signals, tmp_path: Path) -> None:
         assert child.is_alive()
     workers = json.loads((tmp_path / "result.json").read_text())
     assert all(Path(f"/proc/{pid}").exists() for pid in workers)
-    os.kill(child.pid or 0, number)
+    # Ctrl-C in a terminal goes to all, the others to the one that learns.
+    (os.killpg if number == signal.SIGINT else os.kill)(child.pid or 0, number)
     child.join(30)
     assert child.exitcode == (-signal.SIGKILL if number == signal.SIGKILL else 1)
     assert all(gone(pid) for pid in workers)
