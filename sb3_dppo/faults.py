@@ -41,11 +41,15 @@ def check_finite(name: str, values: Any, when: str) -> None:
     """
     finite = are_finite(values)
     if not finite.all():
-        raise ValueError(
-            f"The {name} of env {int(np.argmin(finite))} is NaN or infinite {when}: training stops before the policy learns "
-            "from it. Models saved so far are not affected. Check the env, for instance with "
-            "stable_baselines3.common.vec_env.VecCheckNan, or go on with on_bad_env='reset'."
-        )
+        raise _not_finite(name, int(np.argmin(finite)), when)
+
+
+def _not_finite(name: str, env_index: int, when: str) -> ValueError:
+    return ValueError(
+        f"The {name} of env {env_index} is NaN or infinite {when}: training stops before the policy learns from it. Models "
+        "saved so far are not affected. Check the env, for instance with stable_baselines3.common.vec_env.VecCheckNan, or go "
+        "on with on_bad_env='reset'."
+    )
 
 
 class EnvGuard:
@@ -72,9 +76,10 @@ class EnvGuard:
         self._good_obs: VecEnvObs | None = None
 
     def __enter__(self) -> None:
-        self._before: dict[str, Any] = {name: vars(self.venv)[name] for name in ("reset", "step_wait") if name in vars(self.venv)}
+        own = vars(self.venv)
+        self._before: dict[str, Any] = {name: own[name] for name in ("reset", "step_wait") if name in own}
         self._reset, self._step_wait = self.venv.reset, self.venv.step_wait
-        vars(self.venv).update(reset=self.reset, step_wait=self.step_wait)
+        own.update(reset=self.reset, step_wait=self.step_wait)
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         for name in ("reset", "step_wait"):
@@ -116,7 +121,7 @@ class EnvGuard:
                 when = self.model.describe_env_step()
                 check_finite("observation", obs, when)
                 check_finite("reward", rewards, when)
-                raise ValueError(f"The last observation of env {int(np.argmax(bad))}'s episode is NaN or infinite {when}.")
+                raise _not_finite("last observation", int(np.argmax(bad)), when)
             for env_index in map(int, np.flatnonzero(bad)):
                 self._reset_env(env_index, obs)
                 # If none has been seen yet, the next best: it is in the space, too.
@@ -158,7 +163,7 @@ def describe_death(env: SubprocVecEnv) -> str | None:
         if code is None:
             continue
         if code < 0:
-            cause = f"by signal {-code} ({signal.Signals(-code).name}); a process that needs too much memory is killed so"
+            cause = f"by signal {-code} ({signal.strsignal(-code)}); one that needs too much memory is killed by signal 9"
         else:
             cause = f"with exit code {code}; if the env raised an error, it is printed above"
         return f"The process of env {env_index} has died, {cause}. Models saved so far are not affected."

@@ -67,7 +67,7 @@ def gone(pid: int) -> bool:
     [
         ("raise", "The process of env 1 has died, with exit code 1; if the env raised an error, it is printed above"),
         ("exit", "The process of env 1 has died, with exit code 3"),
-        ("kill", r"The process of env 1 has died, by signal 9 \(SIGKILL\)"),
+        ("kill", r"The process of env 1 has died, by signal 9 \(Killed\)"),
     ],
 )
 def test_a_process_that_dies(fault: str, message: str, tmp_path: Path) -> None:
