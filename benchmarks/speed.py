@@ -411,8 +411,8 @@ def unet(device: str, rounds: int) -> dict[str, Any]:
     gradient = recorded_products(policy, lambda: model.loss(samples), backward=True)
 
     def update() -> None:
-        model._compute_gradients(samples)
-        model._step(train_actor=True)
+        metrics = model._compute_gradients(samples)
+        model._step(train_actor=True, loss=metrics["loss"])
 
     return measure(
         {"unet_planning_b40": (lambda: policy.sample_chain(obs), repeated(step, 20))}, 3 * rounds, device, False

@@ -6,7 +6,8 @@ import io
 import math
 import pathlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import zip_longest
 from typing import Any, ClassVar, TypeVar
 
@@ -28,7 +29,6 @@ from stable_baselines3.common.utils import (
     update_learning_rate,
 )
 from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 
 from sb3_dppo.acceleration import CPU_SLICE_SIZE, keep_freed_memory
 from sb3_dppo.buffers import (
@@ -39,8 +39,10 @@ from sb3_dppo.buffers import (
     mean_log_prob,
     mean_over_executed,
 )
+from sb3_dppo.checkpoints import RunState, atomic_write
 from sb3_dppo.denoising import gaussian_log_prob
-from sb3_dppo.observations import check_observation_space, parts_of, stack, take
+from sb3_dppo.faults import ON_BAD_ENV, EnvGuard, check_finite, interruptible
+from sb3_dppo.observations import check_observation_space, stack, take
 from sb3_dppo.policies import (
     DiffusionActorCriticPolicy,
     DiffusionCnnPolicy,
@@ -143,6 +145,8 @@ class DPPO(OnPolicyAlgorithm):
         small batches; without a C++ compiler it changes nothing. "auto" runs it as CUDA graphs on a GPU and as it is on a CPU.
     :param precision: Of the networks: "float32", "tf32" (on CUDA) or "bfloat16". Chains, log-probabilities and losses are
         computed in float32 in any case.
+    :param on_bad_env: What to do when an env returns NaN or infinity: "raise" an error, or "reset" this env and treat its
+        episode as truncated after the last good observation. Resets are logged as ``rollout/bad_env_resets``.
     :param pretrained: Path of a saved model whose policy to start from. Its ``policy_kwargs`` replace those given here.
     :param rollout_buffer_class: Rollout buffer class to use. ``None`` means ``DenoisingRolloutBuffer``.
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
@@ -216,6 +220,7 @@ class DPPO(OnPolicyAlgorithm):
         n_accumulate: int | None = None,
         compile: bool | str = "auto",
         precision: str = "float32",
+        on_bad_env: str = "raise",
         pretrained: str | None = None,
         rollout_buffer_class: type[DenoisingRolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
@@ -292,11 +297,17 @@ class DPPO(OnPolicyAlgorithm):
         self.n_accumulate = n_accumulate
         self.compile = compile
         self.precision = precision
+        self.on_bad_env = on_bad_env
 
         self.n_rollouts = 0
+        self.n_bad_env_resets = 0
         # RL Zoo's plug-in reads it in saved files, to choose hyperparameters.
         self.pretrained_on_demonstrations = False
         self.reward_scaler = RewardScaler()
+        # The start of the rollout under way, from which a file that is saved now goes on.
+        self._rollout_start: RunState | None = None
+        # In files, and in a model that was loaded from one, until it learns.
+        self._run_state: RunState | None = None
 
         params = None if pretrained is None else self._read_pretrained(pretrained)
         if _init_setup_model:
@@ -396,6 +407,8 @@ class DPPO(OnPolicyAlgorithm):
         for name in ("batch_size", "n_epochs", "n_accumulate", "eta_update_interval"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.on_bad_env not in ON_BAD_ENV:
+            raise ValueError(f"on_bad_env={self.on_bad_env!r} is unknown: choose 'raise' or 'reset'.")
         if self.lr_decay not in ("constant", "linear", "cosine"):
             raise ValueError(f"lr_decay={self.lr_decay!r} is unknown: choose 'constant', 'linear' or 'cosine'.")
         if not 0 <= self.lr_warmup < 1:
@@ -482,21 +495,51 @@ class DPPO(OnPolicyAlgorithm):
             raise ValueError("The model has no env to learn in: pass env to DPPO.load(path, env=env), or call set_env(env).")
         self._check_training_arguments()
         self._warn_about_training_arguments()
-        return super().learn(
-            total_timesteps=int(total_timesteps),
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
+        with interruptible(self._describe_interruption), EnvGuard(self):
+            return super().learn(
+                total_timesteps=int(total_timesteps),
+                callback=callback,
+                log_interval=log_interval,
+                tb_log_name=tb_log_name,
+                reset_num_timesteps=reset_num_timesteps,
+                progress_bar=progress_bar,
+            )
+
+    def _describe_interruption(self) -> str:
+        """
+        :return: Where training is, for the one who interrupts it.
+        """
+        where = f"Training was interrupted after {self.num_timesteps} env steps"
+        if self._rollout_start is None:
+            return f"{where}, in an update: a model saved now holds a part of it. Checkpoints go on exactly."
+        return f"{where}, in a rollout: a model saved now goes on exactly at the start of this rollout, as a checkpoint does."
+
+    def describe_env_step(self) -> str:
+        """
+        :return: Which env step is being made, for errors.
+        """
+        return f"after env step {self.num_timesteps // self.n_envs + 1} (num_timesteps={self.num_timesteps})"
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout may go beyond the total: schedules end at 0 and not below, where learning rates would be negative.
         self._current_progress_remaining = max(0.0, 1.0 - num_timesteps / total_timesteps)
 
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        total_timesteps, callback = super()._setup_learn(*args, **kwargs)
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[int, BaseCallback]:
+        run_state, self._run_state, self._rollout_start = self._run_state, None, None
+        if run_state is not None and not reset_num_timesteps:
+            run_state.restore(self)
+        total_timesteps, callback = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
+        if run_state is not None and not reset_num_timesteps:
+            # After ``total_timesteps`` was counted from where the file was saved: what was collected of its rollout is
+            # collected again.
+            self.num_timesteps = self._num_timesteps_at_start = run_state.num_timesteps
         assert self._last_episode_starts is not None
         if self._last_episode_starts.all():
             self.reward_scaler.forget_episodes(self.n_envs)
@@ -519,6 +562,7 @@ class DPPO(OnPolicyAlgorithm):
         :return: Whether the rollout was completed: ``False`` if a callback stopped it
         """
         assert self._last_obs is not None, "No previous observation was provided"
+        self._rollout_start = RunState.of(self)
         self.policy.set_training_mode(False)
         self.policy.min_sampling_std = self._min_sampling_std(self._current_progress_remaining)
         rollout_buffer.reset()
@@ -539,7 +583,10 @@ class DPPO(OnPolicyAlgorithm):
             n_executed += 1
 
             new_obs, rewards, dones, infos = env.step(actions)
-            self._check_finite(new_obs, rewards)
+            # Again, for wrappers may have made it out of finite numbers.
+            when = self.describe_env_step()
+            check_finite("observation", new_obs, when)
+            check_finite("reward", rewards, when)
             self.num_timesteps += env.num_envs
 
             # Give access to local variables
@@ -559,6 +606,8 @@ class DPPO(OnPolicyAlgorithm):
         if self.scale_rewards:
             rollout_buffer.scale_rewards(self.reward_scaler)
         rollout_buffer.compute_returns_and_advantage(last_values)
+        if self.on_bad_env == "reset":
+            self.logger.record("rollout/bad_env_resets", self.n_bad_env_resets)
 
         callback.update_locals(locals())
         callback.on_rollout_end()
@@ -600,23 +649,6 @@ class DPPO(OnPolicyAlgorithm):
                 values = self.policy.predict_values(obs_as_tensor(last_obs, self.device))  # type: ignore[arg-type]
             bootstrap_values[truncated] = values.cpu().numpy().flatten()
         rollout_buffer.end_episodes(ended, bootstrap_values)
-
-    def _check_finite(self, obs: VecEnvObs, rewards: np.ndarray) -> None:
-        """
-        :param obs: Observations of all envs.
-        :param rewards: Rewards of all envs.
-        :raises ValueError: naming the env and the step, if one is NaN or infinite.
-        """
-        for name, values in [*(("observation", part) for part in parts_of(obs)), ("reward", rewards)]:
-            values = np.asarray(values)
-            if values.dtype.kind != "f" or np.isfinite(values).all():
-                continue
-            env_index = int(np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))[0])
-            raise ValueError(
-                f"The {name} of env {env_index} is NaN or infinite after env step {self.num_timesteps // self.n_envs + 1} "
-                f"(num_timesteps={self.num_timesteps}): training stops before the policy learns from it. Models saved "
-                "so far are not affected; check the env, for instance with stable_baselines3.common.vec_env.VecCheckNan."
-            )
 
     # ------------------------------------------------------------------ update
 
@@ -774,6 +806,7 @@ class DPPO(OnPolicyAlgorithm):
         """
         Update policy and critic on the current rollout.
         """
+        self._rollout_start = None
         self.policy.set_training_mode(True)
         progress = self._current_progress_remaining
         factor = self._learning_rate_factor()
@@ -791,7 +824,8 @@ class DPPO(OnPolicyAlgorithm):
                 if self.verbose >= 1:
                     print(f"Early stopping after {self._n_updates} gradient steps: approx_kl exceeds 1.5 × {self.target_kl}")
                 break
-            self._step(train_actor)
+            self._step(train_actor, batch_metrics["loss"])
+        self._check_update(metrics["loss"])
         self.n_rollouts += 1
         self._log_update(metrics)
         if self.ft_denoising_anneal is not None and self.n_rollouts % self.ft_denoising_anneal[0] == 0:
@@ -869,12 +903,14 @@ class DPPO(OnPolicyAlgorithm):
                 metrics[name] = metrics[name] + value if name in metrics else value
         return metrics
 
-    def _step(self, train_actor: bool) -> None:
+    def _step(self, train_actor: bool, loss: th.Tensor) -> None:
         """
-        One gradient step.
+        One gradient step, which is left out if the loss is NaN or infinite.
 
         :param train_actor: Whether the actor is trained, or only the critic.
+        :param loss: The loss of the minibatch.
         """
+        not_finite = (~loss.isfinite()).float()
         optimizers = [self.policy.critic_optimizer]
         if train_actor:
             optimizers.append(self.policy.optimizer)
@@ -883,8 +919,35 @@ class DPPO(OnPolicyAlgorithm):
         for optimizer in optimizers:
             if self.max_grad_norm is not None:
                 th.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.max_grad_norm)
-            optimizer.step()
+            if optimizer.defaults.get("fused"):
+                # Looks at this on the device; the host does not have to wait for a GPU.
+                optimizer.found_inf = not_finite  # type: ignore[attr-defined]
+                optimizer.step()
+            elif not not_finite:
+                optimizer.step()
         self._n_updates += 1
+
+    def _check_update(self, losses: list[th.Tensor]) -> None:
+        """
+        Check once per update, for it waits for a GPU, and before a callback can save the policy.
+
+        :param losses: Losses of the minibatches.
+        :raises ValueError: if a loss or a parameter is NaN or infinite.
+        """
+        finite_losses = th.stack(losses).isfinite()
+        where = f"update {self.n_rollouts + 1} (num_timesteps={self.num_timesteps})"
+        advice = (
+            "Models saved so far are not affected. Lower the learning rates, set max_grad_norm, or look at the scale of "
+            "rewards and observations."
+        )
+        if not finite_losses.all():
+            bad = (~finite_losses).cpu().numpy()
+            raise ValueError(
+                f"The loss of {bad.sum()} of the {len(bad)} gradient steps of {where} was NaN or infinite, first that of step "
+                f"{bad.argmax() + 1}. These steps were left out. {advice}"
+            )
+        if not th.stack(th._foreach_norm(list(self.policy.parameters()))).isfinite().all():
+            raise ValueError(f"A parameter of the policy became NaN or infinite in {where}. {advice}")
 
     def _log_update(self, metrics: dict[str, list[th.Tensor]]) -> None:
         """
@@ -909,6 +972,37 @@ class DPPO(OnPolicyAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer", "policy.critic_optimizer", "policy.eta_optimizer"], []
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_rollout_start"]
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save the model in a zip file, with all that training needs to go on: ``DPPO.load(path, env=env).learn(total_timesteps,
+        reset_num_timesteps=False)``. A file saved in the middle of a rollout, as by ``CheckpointCallback``, goes on at the
+        start of this rollout. A path holds the whole new file or what was there before, whatever happens while it is written.
+
+        :param path: Path of the file (".zip" is added if it has no suffix), or an open file
+        :param exclude: Attributes to leave out, in addition to the default ones
+        :param include: Attributes to save that would be left out by default
+        :raises OSError: if the file can't be written, for instance because the disk is full
+        """
+        opened: AbstractContextManager[Any] = nullcontext(path)
+        if isinstance(path, (str, pathlib.Path)):
+            path = pathlib.Path(path)
+            opened = atomic_write(path if path.suffix else path.with_suffix(".zip"))
+        loaded = self._run_state
+        self._run_state = loaded or self._rollout_start or RunState.of(self)
+        try:
+            with opened as file:
+                super().save(file, exclude, include)
+        finally:
+            self._run_state = loaded
 
     def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: th.device | str = "auto") -> None:
         """
@@ -946,7 +1040,8 @@ class DPPO(OnPolicyAlgorithm):
         :param custom_objects: Dictionary of objects to replace upon loading
         :param print_system_info: Whether to print system info from the saved model and the current system info
         :param force_reset: Force a call to ``reset()`` before training
-        :param kwargs: Constructor arguments to change, for instance ``ft_denoising_steps``, ``scheduler`` or ``n_steps``
+        :param kwargs: Constructor arguments to change, for instance ``ft_denoising_steps``, ``scheduler`` or ``n_steps``. With
+            a ``seed``, training goes on with other random numbers than it would have.
         :return: The loaded model
         :raises TypeError: for an argument that the constructor does not have
         """
@@ -957,7 +1052,10 @@ class DPPO(OnPolicyAlgorithm):
                 similar = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {similar[0]!r}?" if similar else f"it takes {sorted(known)}."
                 raise TypeError(f"{cls.__name__}.load() got an unexpected argument {name!r}: {hint}")
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        if model._run_state is not None and kwargs.get("seed") is not None:
+            model._run_state.generators = None
+        return model
 
 
 def make_schedule(name: str, value: float | str | Schedule) -> FloatSchedule:

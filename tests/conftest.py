@@ -1,7 +1,12 @@
 """Settings for all tests."""
 
+import multiprocessing
+
 import pytest
 import torch as th
+
+# Processes that tests start are forked from one that has loaded all this: an import takes seconds.
+multiprocessing.set_forkserver_preload(["tests.scenarios"])
 
 
 @pytest.fixture(autouse=True)

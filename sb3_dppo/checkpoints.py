@@ -1,0 +1,198 @@
+"""What training needs beyond parameters to go on exactly where a file was saved, and files that are never half written."""
+
+import contextlib
+import os
+import random
+import secrets
+from collections import deque
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import torch as th
+
+from sb3_dppo.buffers import RewardScaler
+
+if TYPE_CHECKING:
+    from sb3_dppo.dppo import DPPO
+
+
+@dataclass
+class RunState:
+    """
+    Where a run stands between two rollouts, besides what Stable-Baselines3 saves. The policy does not change in a rollout, so
+    with this a model that is saved in the middle of one goes on at its start.
+
+    :param num_timesteps: Env steps so far.
+    :param progress_remaining: From 1 to 0.
+    :param reward_scaler: Running statistics of the rewards.
+    :param episode_infos: Last episodes' returns and lengths, for the logs.
+    :param episode_successes: Their successes.
+    :param generators: States of the random generators, see :func:`generator_states`. ``None`` leaves them alone.
+    :param normalization: Statistics of ``VecNormalize``, or ``None``.
+    :param env_states: What each env's ``get_resume_state()`` returned; ``None`` if they have no such method.
+    :param last_obs: What the policy sees next, if the envs are in that state.
+    :param last_episode_starts: Whether it is the first of an episode, shape (n_envs,).
+    """
+
+    num_timesteps: int
+    progress_remaining: float
+    reward_scaler: RewardScaler
+    episode_infos: deque | None
+    episode_successes: deque | None
+    generators: dict[str, Any] | None
+    normalization: dict[str, Any] | None
+    env_states: list[Any] | None
+    last_obs: Any
+    last_episode_starts: np.ndarray | None
+
+    @classmethod
+    def of(cls, model: "DPPO") -> "RunState":
+        """
+        :param model: A model between two rollouts.
+        :return: A copy of its state.
+        """
+        vec_normalize = model.get_vec_normalize_env()
+        statistics = ("obs_rms", "ret_rms", "returns")
+        return cls(
+            num_timesteps=model.num_timesteps,
+            progress_remaining=model._current_progress_remaining,
+            reward_scaler=deepcopy(model.reward_scaler),
+            episode_infos=deepcopy(model.ep_info_buffer),
+            episode_successes=deepcopy(model.ep_success_buffer),
+            generators=generator_states(model),
+            normalization={name: deepcopy(value) for name, value in vars(vec_normalize).items() if name in statistics}
+            if vec_normalize is not None
+            else None,
+            env_states=_env_states(model),
+            last_obs=model._last_obs,
+            last_episode_starts=model._last_episode_starts,
+        )
+
+    def restore(self, model: "DPPO") -> None:
+        """
+        Bring a loaded model and its env into this state. An env that can't be brought there is reset, with a seed that
+        follows from it, so that what comes depends on nothing else.
+
+        :param model: The model. If its ``_last_obs`` is there (it was loaded with ``force_reset=False``), its env is taken to
+            be in this state already.
+        """
+        assert model.env is not None
+        self._restore_around_env(model)
+        if model._last_obs is not None:
+            model._last_obs, model._last_episode_starts = self.last_obs, self.last_episode_starts
+            return
+        model.env.seed(int(th.randint(2**31, ())))
+        # For an env whose state is set, too: wrappers such as Monitor must have seen a reset.
+        model._last_obs = model.env.reset()  # type: ignore[assignment]
+        model._last_episode_starts = np.ones(model.n_envs, dtype=bool)
+        if self.env_states is not None and len(self.env_states) == model.n_envs and model.env.has_attr("set_resume_state"):
+            for env_index, state in enumerate(self.env_states):
+                model.env.env_method("set_resume_state", state, indices=[env_index])
+            model._last_obs, model._last_episode_starts = self.last_obs, self.last_episode_starts
+            # The reset has changed these.
+            self._restore_around_env(model)
+
+    def _restore_around_env(self, model: "DPPO") -> None:
+        """
+        :param model: The model, all of whose state is restored but what its env and the counter of its steps know.
+        """
+        model._current_progress_remaining = self.progress_remaining
+        model.reward_scaler = self.reward_scaler
+        model.ep_info_buffer, model.ep_success_buffer = self.episode_infos, self.episode_successes
+        vec_normalize = model.get_vec_normalize_env()
+        if vec_normalize is not None and self.normalization is not None:
+            for name, value in deepcopy(self.normalization).items():
+                # Returns so far are of the envs' episodes: of another number of envs there are none.
+                if name != "returns" or len(value) == model.n_envs:
+                    setattr(vec_normalize, name, value)
+        if self.generators is not None:
+            set_generator_states(model, self.generators)
+
+
+def _env_states(model: "DPPO") -> list[Any] | None:
+    """
+    :param model: A model between two rollouts.
+    :return: What each env's ``get_resume_state()`` returns, or ``None``.
+    """
+    if model.env is None or model._last_obs is None:
+        return None
+    try:
+        if model.env.has_attr("get_resume_state"):
+            return deepcopy(model.env.env_method("get_resume_state"))
+    except (EOFError, OSError):
+        # The envs' processes have been closed.
+        pass
+    return None
+
+
+def generator_states(model: "DPPO") -> dict[str, Any]:
+    """
+    :param model: The model.
+    :return: States of the global generators of Python, NumPy and PyTorch and of the policy's own.
+    """
+    states = dict(
+        device=model.device.type,
+        python=random.getstate(),
+        numpy=np.random.get_state(),
+        torch=th.get_rng_state(),
+        policy=model.policy.generator.get_state(),
+    )
+    if model.device.type == "cuda":
+        states["cuda"] = th.cuda.get_rng_state(model.device)
+    return states
+
+
+def set_generator_states(model: "DPPO", states: dict[str, Any]) -> None:
+    """
+    :param model: The model.
+    :param states: What :func:`generator_states` returned. On another device, that device's generators are left alone.
+    """
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    th.set_rng_state(states["torch"])
+    if states["device"] == model.device.type:
+        model.policy.generator.set_state(states["policy"])
+        if model.device.type == "cuda":
+            th.cuda.set_rng_state(states["cuda"], model.device)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """
+    Write a file under another name in the same folder, and rename it when it is complete and on the disk: whatever happens,
+    the path holds the new file or what was there before.
+
+    :param path: Path of the file. Folders are created.
+    :return: A context with the open file.
+    :raises OSError: if it can't be written, for instance because the disk is full.
+    """
+    # A link stays one.
+    path = Path(path).resolve()
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        reason = f"{error.strerror or error}: it was not saved, and what was there before is unchanged"
+        raise OSError(error.errno, reason, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    # So that the new name, too, survives a loss of power.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
