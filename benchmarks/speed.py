@@ -9,6 +9,7 @@ Prints a table and, where asked, writes a JSON object and a plot. Run it with no
 """
 
 import argparse
+import importlib.util
 import json
 import platform
 import subprocess
@@ -28,6 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sb3_dppo import DPPO
+from sb3_dppo.envpool_vec_env import EnvPoolVecEnv
 from sb3_dppo.extractors import VitExtractor
 from sb3_dppo.policies import PAPER_POLICY_KWARGS
 
@@ -476,7 +478,8 @@ def vec_envs(rounds: int, n_steps: int = 200) -> dict[str, Any]:
     """
     :param rounds: How often.
     :param n_steps: Steps of all envs.
-    :return: Stepping 40 Hopper envs in this process and in processes of their own; the floor is MuJoCo's own time.
+    :return: Stepping 40 Hopper envs in this process, in processes of their own and, if it is installed, in EnvPool; the floor
+        is MuJoCo's own time in one process.
     """
     results: dict[str, Any] = {}
     actions = np.random.default_rng(0).uniform(-1, 1, (n_steps, N_ENVS, ACTION_DIM)).astype(np.float32)
@@ -487,8 +490,14 @@ def vec_envs(rounds: int, n_steps: int = 200) -> dict[str, Any]:
         for action in actions.reshape(-1, ACTION_DIM):
             bare.do_simulation(action, bare.frame_skip)
 
-    for name, vec_env_cls in (("dummy", DummyVecEnv), ("subproc", SubprocVecEnv)):
-        env = make_vec_env("Hopper-v5", N_ENVS, seed=0, vec_env_cls=vec_env_cls)
+    makers: dict[str, Callable[[], VecEnv]] = dict(
+        dummy=lambda: make_vec_env("Hopper-v5", N_ENVS, seed=0, vec_env_cls=DummyVecEnv),
+        subproc=lambda: make_vec_env("Hopper-v5", N_ENVS, seed=0, vec_env_cls=SubprocVecEnv),
+    )
+    if importlib.util.find_spec("envpool"):
+        makers["envpool"] = lambda: EnvPoolVecEnv("Hopper-v5", N_ENVS, seed=0)
+    for name, make in makers.items():
+        env = make()
         env.reset()
 
         def step(env: VecEnv = env) -> None:
