@@ -2,6 +2,11 @@
 
 import pytest
 import torch as th
+from hypothesis import settings
+
+# The same examples in every run, however slow the machine. The slow suite's are drawn anew and printed when they fail.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, print_blob=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
