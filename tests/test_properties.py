@@ -342,13 +342,13 @@ def check_stored(buffer: DenoisingRolloutBuffer, added: list[tuple[Any, th.Tenso
             strict=True,
         )
     )
-    for row, (obs, chain, log_prob) in enumerate(added):
+    for row, (obs, chains, log_prob) in enumerate(added):
         stored = take(samples.observations, row)
         for key in obs if isinstance(obs, dict) else [...]:
             assert stored[key].dtype == (th.float if obs[key].dtype == th.double else obs[key].dtype)
             # Discrete observations have a dimension of their own.
             assert th.equal(stored[key].flatten(), obs[key].to(stored[key].dtype).flatten())
-        assert th.equal(buffer.chains[row], chain)
+        assert th.equal(buffer.chains[row], chains)
         n = int(buffer.n_executed[row])
         for i in range(len(log_prob)):
             assert old_log_prob[row, i] == pytest.approx(log_prob[i, :n].clamp(-5, 2).mean().item(), rel=1e-4, abs=1e-5)
@@ -482,7 +482,7 @@ def check_rollouts(case: Case, scale: bool) -> None:
 
 
 def check_predict(case: Case, with_episode_start: bool) -> None:
-    """With its state, ``predict`` executes the first actions of a chunk, and plans when they are used up or an episode starts."""
+    """``predict`` with its state executes the first actions of a chunk, then or at an episode's start plans again."""
     model, envs = make_model(case)
     vec_env: Any = model.env
     obs, state, starts = vec_env.reset(), None, np.ones(case.n_envs, dtype=bool)
