@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := sb3_dppo hyperparams _sb3_dppo_autoload.py examples benchmarks tests
 
-.PHONY: install lock demo test test-slow lint type format clean
+.PHONY: install lock demo test test-slow test-oldest lint type format clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +35,15 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
+# The oldest version of each dependency that setup.cfg allows, but for PyTorch, which is that of constraints.txt.
+test-oldest:
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	grep '^torch==' constraints.txt > $(VENV)-oldest/constraints.txt
+	sed -nE '/torch/d; s/^    ([A-Za-z0-9_-]+)(\[.*\])?>=([0-9.]+).*/\1==\3/p' setup.cfg | sort -u >> $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint $(VENV)-oldest/constraints.txt --editable '.[dev]'
+	$(VENV)-oldest/bin/python -m pytest -n 2
+
 lint: install
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -47,4 +56,4 @@ format: install
 	$(BIN)/ruff format $(SOURCES)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info
