@@ -4,15 +4,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := sb3_dppo hyperparams _sb3_dppo_autoload.py examples benchmarks tests
 
-.PHONY: install demo test test-slow lint type format clean
+.PHONY: install lock demo test test-slow test-oldest lint type format clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+# What is locked is checked against its hashes. The second step adds what is not: this project, PyTorch in the build that the
+# machine offers, and for Python 3.10 the packages that have left it behind.
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --only-binary :all: --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@
+
+# After a change of constraints.txt: the hashes of all files of each version, so that the lock serves every Python and platform.
+lock: $(BIN)/pip-compile
+	CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --no-annotate \
+		--no-emit-options --no-emit-index-url --no-emit-find-links --unsafe-package torch \
+		--output-file requirements.lock constraints.txt
+
+$(BIN)/pip-compile:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip-tools
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
@@ -22,6 +34,15 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# The oldest version of each dependency that setup.cfg allows, but for PyTorch, which is that of constraints.txt.
+test-oldest:
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	grep '^torch==' constraints.txt > $(VENV)-oldest/constraints.txt
+	sed -nE '/torch/d; s/^    ([A-Za-z0-9_-]+)(\[.*\])?>=([0-9.]+).*/\1==\3/p' setup.cfg | sort -u >> $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint $(VENV)-oldest/constraints.txt --editable '.[dev]'
+	$(VENV)-oldest/bin/python -m pytest -n 2
 
 lint: install
 	$(BIN)/ruff check $(SOURCES)
@@ -35,4 +56,4 @@ format: install
 	$(BIN)/ruff format $(SOURCES)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info

@@ -270,7 +270,8 @@ class DenoisingRolloutBuffer(BaseBuffer):
 
         :param rewards: Rewards, shape (n_envs,).
         """
-        self.rewards[self.last_decision] += rewards
+        # A SubprocVecEnv's are float64, a DummyVecEnv's float32: the same, so that both give the same run.
+        self.rewards[self.last_decision] += rewards.astype(np.float32)
         self.n_executed[self.last_decision] += 1
 
     def end_episodes(self, env_index: np.ndarray, bootstrap_values: np.ndarray) -> None:

@@ -4,6 +4,11 @@ import multiprocessing
 
 import pytest
 import torch as th
+from hypothesis import settings
+
+# The same examples in every run, however slow the machine. The slow suite's are drawn anew and printed when they fail.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, print_blob=True)
+settings.load_profile("repeatable")
 
 # Processes that tests start are forked from one that has loaded all this: an import takes seconds.
 multiprocessing.set_forkserver_preload(["tests.scenarios"])

@@ -278,12 +278,6 @@ def test_tensorboard_and_logger_names(tmp_path: Path) -> None:
     assert {f"train/{name}" for name in expected} <= names
 
 
-def test_same_seed_same_run() -> None:
-    runs = [make_model(make_vec_env("Pendulum-v1", 2, seed=0)).learn(64) for _ in range(2)]
-    first, second = (run.policy.state_dict() for run in runs)
-    assert all(th.equal(first[name], second[name]) for name in first)
-
-
 def test_evaluation_does_not_change_training() -> None:
     def run(freq: int) -> dict[str, th.Tensor]:
         callback = EvalCallback(make_vec_env("Pendulum-v1", 1, seed=9), eval_freq=freq, verbose=0, n_eval_episodes=1)
