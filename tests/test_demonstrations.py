@@ -14,7 +14,8 @@ import pytest
 import torch as th
 
 from sb3_dppo import BC, DPPO, Demonstrations, load_demonstrations
-from sb3_dppo.demonstrations import bundled_demonstrations, collect_demonstrations, describe
+from sb3_dppo.demonstrations import collect_demonstrations, describe
+from sb3_dppo.formats import bundled_demonstrations
 from tests.envs import CountingEnv
 
 
