@@ -30,13 +30,10 @@ from sb3_dppo.formats import (
     selection_of,
 )
 from sb3_dppo.observations import batch_size_of, part_name, parts_of_space, take
-from sb3_dppo.rows import Rows, is_image, write_npz
+from sb3_dppo.rows import Rows, is_image, rows_at_once, write_npz
 
 if TYPE_CHECKING:
     from minari import MinariDataset
-
-# Images of which :func:`describe` gives the range.
-N_SAMPLE = 100
 
 # observation, state, whether an episode starts -> action, state; as ``predict`` of a model
 Predict = Callable[[Any, Any, np.ndarray], tuple[np.ndarray, Any]]
@@ -485,7 +482,7 @@ def describe(demonstrations: Demonstrations) -> str:
     columns = {part_name(key): rows for key, rows in demonstrations.parts.items()}
     for name, rows in (columns | dict(actions=demonstrations.actions)).items():
         if is_image(rows):
-            sample = rows[np.unique(np.linspace(0, n - 1, N_SAMPLE).astype(int))]
+            sample = rows[np.unique(np.linspace(0, n - 1, rows_at_once(rows.shape, rows.dtype)).astype(int))]
             lines.append(f"{name}, images of shape {rows.shape[1:]}, {rows.dtype}")
             lines.append(f"  {sample.min()} to {sample.max()}, mean {sample.mean():.1f}, in a sample of {len(sample)}")
             continue

@@ -189,9 +189,9 @@ def bundled_demonstrations() -> list[str]:
 
 def from_minari_id(dataset_id: str, selection: Selection | None) -> dict[str, Any]:
     name = dataset_id.removeprefix("minari:")
-    not_found = f"source={dataset_id!r} is "
+    not_found = f"source={dataset_id!r} is not "
     if name == dataset_id:
-        not_found += f"neither a bundled set ({bundled_demonstrations()}), nor an .npz file, nor "
+        not_found = f"source={dataset_id!r} is neither a bundled set ({bundled_demonstrations()}), nor an .npz file, nor "
     try:
         import minari
     except ImportError as error:
