@@ -164,10 +164,9 @@ class BC:
         :param index: Which chunks, shape (B,).
         :return: The observations before them, as the policy takes them. Only these are read.
         """
-        stacked = self.demonstrations.stacked_observations(self.first[index], self.n_stack)
         tensors = {}
         for key, space in parts_of_space(self.model.observation_space).items():
-            values = stacked[key] if key else stacked
+            values = self.demonstrations.stacked_observations(self.first[index], self.n_stack, key)
             values = np.transpose(values, (0, *(axis + 1 for axis in self.axes[key])))
             values = np.ascontiguousarray(values).reshape(len(index), *(space.shape or ()))
             dtype = th.uint8 if is_image_space(space) else th.float
@@ -383,10 +382,13 @@ def _parse(items: list[str]) -> dict[str, Any]:
         try:
             parsed[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            if key.endswith("activation_fn"):
-                parsed[key] = getattr(th.nn, value)
-            else:
-                parsed[key] = locate(value) if key == "features_extractor_class" else value
+            parsed[key] = getattr(th.nn, value) if key.endswith("activation_fn") else value
+            if key == "features_extractor_class":
+                parsed[key] = locate(value)
+                if parsed[key] is None:
+                    raise ValueError(
+                        f"{key}={value!r} is not the full name of a class, such as sb3_dppo.extractors.VitExtractor."
+                    ) from None
     return parsed
 
 

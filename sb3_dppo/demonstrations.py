@@ -180,25 +180,23 @@ class Demonstrations:
             )
         return first, self.actions[first[:, None] + np.arange(horizon)]
 
-    def stacked_observations(self, index: np.ndarray, n_stack: int) -> Any:
+    def stacked_observations(self, index: np.ndarray, n_stack: int, key: str = "") -> np.ndarray:
         """
         Observations as ``VecFrameStack`` gives them: the last ones side by side, images along their channels, newest last,
         zeros before an episode's start. Only these are read.
 
         :param index: Which transitions, shape (C,).
         :param n_stack: Number of frames.
-        :return: Shape (C, ..., n_stack * size), or a dictionary of these.
+        :param key: Which of the observations, for a ``Dict``.
+        :return: Shape (C, ..., n_stack * size).
         """
+        rows, frames = self.parts[key], []
         episode_start = self.starts[np.searchsorted(self.starts, index, side="right") - 1]
-        stacked = {}
-        for key, rows in self.parts.items():
-            frames = []
-            for age in reversed(range(n_stack)):
-                frame = np.asarray(rows[np.maximum(index - age, 0)])  # a copy
-                frame[index - age < episode_start] = 0
-                frames.append(frame)
-            stacked[key] = frames[0] if n_stack == 1 else np.concatenate(frames, axis=stacking_axis(rows))
-        return stacked if isinstance(self.observations, dict) else stacked[""]
+        for age in reversed(range(n_stack)):
+            frame = np.asarray(rows[np.maximum(index - age, 0)])  # a copy
+            frame[index - age < episode_start] = 0
+            frames.append(frame)
+        return frames[0] if n_stack == 1 else np.concatenate(frames, axis=stacking_axis(rows))
 
 
 def stacking_axis(rows: Rows) -> int:

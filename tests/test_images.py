@@ -527,3 +527,5 @@ def test_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(SystemExit):
         run(*clone, "Pendulum-v1", "--demos", "lift.npz", "--obs-keys", "a", "b:b", "-o", "x.zip")
     assert "must be names only, or KEY:NAME" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="features_extractor_class='Vit' is not the full name of a class"):
+        bc._parse(["features_extractor_class:Vit"])
