@@ -17,10 +17,15 @@ from sb3_dppo.reference import import_reference_checkpoint
 
 if TYPE_CHECKING:
     from sb3_dppo.bc import BC
-    from sb3_dppo.demonstrations import Demonstrations, load_demonstrations
+    from sb3_dppo.demonstrations import Demonstrations, collect_demonstrations, load_demonstrations
 
 # Modules that are also programs: `python -m` warns about those that their package has imported.
-_LAZY = {"BC": "sb3_dppo.bc", "Demonstrations": "sb3_dppo.demonstrations", "load_demonstrations": "sb3_dppo.demonstrations"}
+_LAZY = {
+    "BC": "sb3_dppo.bc",
+    "Demonstrations": "sb3_dppo.demonstrations",
+    "collect_demonstrations": "sb3_dppo.demonstrations",
+    "load_demonstrations": "sb3_dppo.demonstrations",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -39,6 +44,7 @@ __all__ = [
     "DiffusionTransformerPolicy",
     "DiffusionUnetPolicy",
     "__version__",
+    "collect_demonstrations",
     "import_reference_checkpoint",
     "load_demonstrations",
 ]

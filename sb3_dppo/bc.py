@@ -2,8 +2,11 @@
 
 import argparse
 import ast
+import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import gymnasium as gym
@@ -12,19 +15,23 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, unwrap_vec_wrapper
 from tqdm.rich import tqdm
 
-from sb3_dppo.demonstrations import Demonstrations, load_demonstrations
+from sb3_dppo.demonstrations import SOURCES, Demonstrations, add_source_options, load_from_options, stacking_axis
 from sb3_dppo.dppo import DPPO
+from sb3_dppo.observations import part_name, parts_of_space, vector_keys
 from sb3_dppo.policies import PAPER_POLICY_KWARGS
+from sb3_dppo.rows import Rows, is_image
 
 
 class BC:
     """
     Behaviour cloning of a diffusion policy: AdamW, a cosine learning rate and an exponential moving average (EMA) of the
-    weights (Ren et al. 2024, appendix D; Chi et al. 2023). The demonstrations' ranges become the policy's normalisation.
+    weights (Ren et al. 2024, appendix D; Chi et al. 2023). The ranges of the demonstrations' vectors and actions become the
+    policy's normalisation. Observations are read one minibatch at a time.
 
     :param model: The model whose policy to train.
     :param demonstrations: What to imitate.
@@ -63,33 +70,30 @@ class BC:
         self.eval_env = eval_env
         self.n_eval_episodes = n_eval_episodes
         self.eval_freq = eval_freq
-        self.n_stack = self._check_demonstrations()
-
-        first, chunks = demonstrations.chunks(model.policy.horizon)
-        self.observations = th.as_tensor(
-            demonstrations.stacked_observations(first, self.n_stack), dtype=th.float, device=model.device
-        )
+        self.n_stack, self.axes = self._check_demonstrations()
+        self.first, chunks = demonstrations.chunks(model.policy.horizon)
         self.chunks = th.as_tensor(chunks, dtype=th.float, device=model.device)
 
-    def _check_demonstrations(self) -> int:
+    def _check_demonstrations(self) -> tuple[int, dict[str, tuple[int, ...]]]:
         """
-        :return: How many frames the model's env stacks.
+        :return: How many frames the model's env stacks, and by key the axes of the demonstrations' observations in the order
+            in which the env has them.
         :raises ValueError: if the demonstrations can't be of that env.
         """
         demonstrations, model = self.demonstrations, self.model
-        if not isinstance(model.observation_space, spaces.Box):
-            raise ValueError(f"demonstrations are of vectors, but the model's observation space is {model.observation_space}.")
-        *leading, width = demonstrations.observations.shape[1:]
-        *model_leading, model_width = model.observation_space.shape
-        n_stack, env = model_width // width, model.get_env()
-        if env is not None:
-            stacked = unwrap_vec_wrapper(env, VecFrameStack)
-            n_stack = 1 if stacked is None else stacked.stacked_obs.n_stack  # type: ignore[attr-defined]
-        if leading != model_leading or n_stack * width != model_width:
+        parts, env_parts = demonstrations.parts, parts_of_space(model.observation_space)
+        missing = [key for key in env_parts if key not in parts]
+        if missing:
+            have = "a single array" if "" in parts else f"a Dict of {sorted(parts)}"
+            wanted = "a single array" if missing == [""] else f"a Dict of {sorted(env_parts)}"
+            example = "['NAME']" if missing == [""] else f"{{{', '.join(f'{key!r}: NAME' for key in env_parts)}}}"
             raise ValueError(
-                f"demonstrations have observations of shape {demonstrations.observations.shape[1:]}, but the model's env has "
-                f"{model.observation_space.shape}, {n_stack} frame(s): they are of another env."
+                f"demonstrations have as observations {have}, but the model's env {wanted}"
+                f"{'' if missing == [''] else f', so that {missing} are missing'}: choose with load_demonstrations' obs_keys, "
+                f"such as {example}."
             )
+        n_stack = self._n_stack(next(iter(env_parts)))
+        axes = {key: matching_axes(key, parts[key], space, n_stack) for key, space in env_parts.items()}
         if demonstrations.actions.shape[1] != model.policy.action_dim:
             raise ValueError(
                 f"demonstrations have actions of size {demonstrations.actions.shape[1]}, but the model's env has "
@@ -104,7 +108,20 @@ class BC:
                 f"{outside.argmax()}: they are of another env, or normalised (see load_demonstrations' normalization)."
             )
         self._check_env_id()
-        return n_stack
+        return n_stack, axes
+
+    def _n_stack(self, key: str) -> int:
+        """
+        :param key: A key of the observations.
+        :return: How many frames the model's env stacks; without an env, how many of the demonstrations' fit into the model's.
+        """
+        env = self.model.get_env()
+        if env is not None:
+            stacked = unwrap_vec_wrapper(env, VecFrameStack)
+            return 1 if stacked is None else stacked.stacked_obs.n_stack  # type: ignore[attr-defined]
+        shape = parts_of_space(self.model.observation_space)[key].shape
+        assert shape is not None
+        return max(1, math.prod(shape) // math.prod(self.demonstrations.parts[key].shape[1:]))
 
     def _check_env_id(self) -> None:
         env_id, env = self.demonstrations.env_id, self.model.get_env()
@@ -126,13 +143,35 @@ class BC:
                 "policy normalises itself: use VecNormalize(norm_obs=False).",
                 stacklevel=4,
             )
-        observations, actions = self.demonstrations.observations, self.demonstrations.actions
+        actions = self.demonstrations.actions
         self.model.policy.set_normalization(
-            np.concatenate([observations.min(axis=0)] * self.n_stack, axis=-1),
-            np.concatenate([observations.max(axis=0)] * self.n_stack, axis=-1),
-            actions.min(axis=0),
-            actions.max(axis=0),
+            self._extreme(np.min), self._extreme(np.max), actions.min(axis=0), actions.max(axis=0)
         )
+
+    def _extreme(self, extreme: Callable[..., np.ndarray]) -> np.ndarray:
+        """
+        :param extreme: NumPy's minimum or maximum.
+        :return: That of the demonstrations' vectors, as the policy takes it.
+        """
+        values = {
+            key: np.concatenate([extreme(np.asarray(self.demonstrations.parts[key]), axis=0)] * self.n_stack, axis=-1)
+            for key in vector_keys(self.model.observation_space)
+        }
+        return values[""] if "" in values else np.concatenate([np.empty(0), *(value.ravel() for value in values.values())])
+
+    def _observations(self, index: np.ndarray) -> Any:
+        """
+        :param index: Which chunks, shape (B,).
+        :return: The observations before them, as the policy takes them. Only these are read.
+        """
+        tensors = {}
+        for key, space in parts_of_space(self.model.observation_space).items():
+            values = self.demonstrations.stacked_observations(self.first[index], self.n_stack, key)
+            values = np.transpose(values, (0, *(axis + 1 for axis in self.axes[key])))
+            values = np.ascontiguousarray(values).reshape(len(index), *(space.shape or ()))
+            dtype = th.uint8 if is_image_space(space) else th.float
+            tensors[key] = th.as_tensor(values, dtype=dtype, device=self.model.device)
+        return tensors[""] if "" in tensors else tensors
 
     def train(self, n_epochs: int, progress_bar: bool = True, log_interval: int = 1) -> DPPO:
         """
@@ -162,8 +201,8 @@ class BC:
         try:
             for epoch in tqdm(range(1, n_epochs + 1), desc="BC", unit="epoch", disable=not progress_bar):
                 losses = []
-                for step, index in enumerate(th.randperm(n_chunks, device=self.model.device).tensor_split(n_batches)):
-                    loss = policy.bc_loss(self.observations[index], chunks[index])
+                for step, index in enumerate(th.randperm(n_chunks).tensor_split(n_batches)):
+                    loss = policy.bc_loss(self._observations(index.numpy()), chunks[index.to(chunks.device)])
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -213,6 +252,55 @@ class BC:
         return configure_logger(self.model.verbose, self.model.tensorboard_log, "BC")
 
 
+def matching_axes(key: str, rows: Rows, space: spaces.Space, n_stack: int) -> tuple[int, ...]:
+    """
+    :param key: Key of the observations, for errors.
+    :param rows: The demonstrations' observations under this key, shape (N, ...).
+    :param space: The model's space of them.
+    :param n_stack: Frames that the model's env stacks.
+    :return: The axes of a row in the order of the space: images may have their channels first or last.
+    :raises ValueError: if the demonstrations can't be of that space.
+    """
+    name = part_name(key)
+    if not isinstance(space, spaces.Box):
+        check_categories(name, np.asarray(rows), space)
+        return tuple(range(rows.ndim - 1))
+    if is_image_space(space) != is_image(rows):
+        of_demonstrations = "images (uint8)" if is_image(rows) else f"numbers ({rows.dtype}) of shape {rows.shape[1:]}"
+        of_env = "images (uint8, 0 to 255)" if is_image_space(space) else f"numbers ({space.dtype})"
+        raise ValueError(
+            f"demonstrations have {name} that are {of_demonstrations}, but the model's env has {of_env} of shape "
+            f"{space.shape}."
+        )
+    stacked = list(rows.shape)
+    stacked[stacking_axis(rows)] *= n_stack
+    orders = [(0, 1, 2), (2, 0, 1), (1, 2, 0)] if is_image(rows) else [tuple(range(rows.ndim - 1))]
+    for axes in orders:
+        if tuple(stacked[1 + axis] for axis in axes) == space.shape:
+            return axes
+    hint = ""
+    if is_image(rows):
+        hint = ". Channels may be first or last, but the size must be the same: see gymnasium.wrappers.ResizeObservation"
+    raise ValueError(
+        f"demonstrations have {name} of shape {rows.shape[1:]}, but the model's env has {space.shape}, {n_stack} frame(s): "
+        f"they are of another env{hint}."
+    )
+
+
+def check_categories(name: str, values: np.ndarray, space: spaces.Space) -> None:
+    """
+    :param name: What messages call the observations.
+    :param values: The demonstrations' observations, shape (N, ...).
+    :param space: The model's space of them, ``Discrete``, ``MultiDiscrete`` or ``MultiBinary``.
+    :raises ValueError: if they are of another shape or no numbers of categories.
+    """
+    n_categories: Any = space.n if isinstance(space, spaces.Discrete) else getattr(space, "nvec", 2)
+    if values.shape[1:] != (space.shape or (1,)):
+        raise ValueError(f"demonstrations have {name} of shape {values.shape[1:]}, but the model's env has {space}.")
+    if ((values % 1 != 0) | (values < 0) | (values >= n_categories)).any():
+        raise ValueError(f"demonstrations have {name} from {values.min()} to {values.max()}, but the model's env has {space}.")
+
+
 def main() -> None:
     """
     The command line: pre-train a policy and save it, as ``rl_zoo3.train --algo dppo -i`` takes it.
@@ -221,7 +309,8 @@ def main() -> None:
         prog="python -m sb3_dppo.bc", description="Pre-train a diffusion policy on demonstrations."
     )
     parser.add_argument("--env", required=True, help="Gymnasium id of the environment")
-    parser.add_argument("--demos", required=True, help="bundled set (hopper-medium), .npz file or Minari dataset id")
+    parser.add_argument("--demos", required=True, help=SOURCES)
+    add_source_options(parser)
     parser.add_argument("-o", "--output", required=True, help="zip file to write")
     parser.add_argument("--policy", default="DiffusionMlpPolicy")
     parser.add_argument(
@@ -244,14 +333,17 @@ def main() -> None:
         parser.error(f"--output {output} must end in .zip")
     output.parent.mkdir(parents=True, exist_ok=True)
 
-    demonstrations = load_demonstrations(args.demos)
+    try:
+        demonstrations = load_from_options(args.demos, args)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
     returns = demonstrations.returns
     print(
         f"{len(demonstrations)} transitions, {demonstrations.n_episodes} episodes"
         + ("" if returns is None else f", return {returns.mean():.0f} ± {returns.std():.0f}")
     )
     policy_kwargs = dict(PAPER_POLICY_KWARGS)
-    if args.policy != "DiffusionMlpPolicy":
+    if args.policy in ("DiffusionUnetPolicy", "DiffusionTransformerPolicy"):
         del policy_kwargs["net_arch"]  # widths of an MLP
     model = DPPO(
         args.policy,
@@ -281,7 +373,7 @@ def main() -> None:
 
 def _parse(items: list[str]) -> dict[str, Any]:
     """
-    :param items: "key:value" strings, values being Python literals or plain words.
+    :param items: "key:value" strings, values being Python literals, plain words or for classes their names.
     :return: The dictionary that they mean.
     """
     parsed: dict[str, Any] = {}
@@ -291,6 +383,12 @@ def _parse(items: list[str]) -> dict[str, Any]:
             parsed[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             parsed[key] = getattr(th.nn, value) if key.endswith("activation_fn") else value
+            if key == "features_extractor_class":
+                parsed[key] = locate(value)
+                if parsed[key] is None:
+                    raise ValueError(
+                        f"{key}={value!r} is not the full name of a class, such as sb3_dppo.extractors.VitExtractor."
+                    ) from None
     return parsed
 
 

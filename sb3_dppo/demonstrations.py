@@ -1,15 +1,14 @@
 """
 Demonstrations: episodes of observations and actions, from bundled sets, .npz files, robomimic's HDF5 files, LeRobot's folders,
-Minari datasets or trajectories of `imitation`. As a program: inspect, convert and collect them.
+Minari datasets or trajectories of `imitation`. Images stay on disk until they are used. As a program: inspect, convert and
+collect them.
 """
 
 import argparse
 import importlib
 import json
-import re
 import sys
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +18,25 @@ import numpy as np
 from gymnasium import spaces
 from tqdm import tqdm
 
+from sb3_dppo.formats import (
+    BUNDLED,
+    Recorder,
+    from_lerobot,
+    from_minari,
+    from_minari_id,
+    from_npz,
+    from_robomimic,
+    from_trajectories,
+    selection_of,
+)
+from sb3_dppo.observations import batch_size_of, part_name, parts_of_space, take
+from sb3_dppo.rows import Rows, is_image, rows_at_once, write_npz
+
 if TYPE_CHECKING:
     from minari import MinariDataset
 
-BUNDLED = Path(__file__).parent / "demos"
-
 # observation, state, whether an episode starts -> action, state; as ``predict`` of a model
-Predict = Callable[[np.ndarray, Any, np.ndarray], tuple[np.ndarray, Any]]
+Predict = Callable[[Any, Any, np.ndarray], tuple[np.ndarray, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +44,9 @@ class Demonstrations:
     """
     Episodes, one after the other, in the units of the env.
 
-    :param observations: Shape (N, *observation_shape); before each action.
+    :param observations: Before each action: an array of shape (N, *observation_shape), or for a ``Dict`` one per key. Images
+        are bytes (``uint8``), channels first or last, and may be memory-mapped or
+        :class:`~sb3_dppo.rows.EpisodeRows`, so that only the rows in use are read.
     :param actions: Shape (N, Da).
     :param traj_lengths: Transitions of each episode, shape (E,), adding up to N.
     :param rewards: Shape (N,), or ``None`` where they are not known.
@@ -43,7 +56,7 @@ class Demonstrations:
     :raises ValueError: if shapes or lengths don't fit together or a value is not finite.
     """
 
-    observations: np.ndarray
+    observations: Rows | dict[str, Rows]
     actions: np.ndarray
     traj_lengths: np.ndarray
     rewards: np.ndarray | None = None
@@ -52,27 +65,39 @@ class Demonstrations:
     truncations: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        n = len(self.observations)
-        if n == 0 or self.observations.ndim < 2:
-            raise ValueError(f"states must have the shape (transitions, size), not {self.observations.shape}.")
+        if not self.parts:
+            raise ValueError("observations is an empty dictionary: there must be at least one key.")
+        n = len(self)
+        for key, rows in self.parts.items():
+            if n == 0 or rows.ndim < 2:
+                raise ValueError(f"{part_name(key)} must have the shape (transitions, size), not {rows.shape}.")
+            if len(rows) != n:
+                raise ValueError(f"{part_name(key)} has {len(rows)} rows, but {part_name(next(iter(self.parts)))} has {n}.")
+            _check_finite(part_name(key), rows)
         if self.actions.ndim != 2:
             raise ValueError(f"actions must have the shape (transitions, size), not {self.actions.shape}.")
         for name in ("actions", "rewards", "terminals", "truncations"):
             values = getattr(self, name)
             if values is not None and len(values) != n:
-                raise ValueError(f"{name} has {len(values)} rows, but states has {n}: there must be one per transition.")
+                raise ValueError(f"{name} has {len(values)} rows, but observations has {n}: there must be one per transition.")
         lengths = self.traj_lengths
         if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 1).any():
             raise ValueError(f"traj_lengths must be positive integers, one per episode, not {lengths!r}.")
         if lengths.sum() != n:
-            raise ValueError(f"traj_lengths adds up to {lengths.sum()} transitions, but states has {n}.")
-        for name, values in (("states", self.observations), ("actions", self.actions), ("rewards", self.rewards)):
-            if values is not None and not np.isfinite(values).all():
-                row = int(np.flatnonzero(~np.isfinite(values).reshape(n, -1).all(axis=1))[0])
-                raise ValueError(f"{name} is NaN or infinite in transition {row}: remove its episode.")
+            raise ValueError(f"traj_lengths adds up to {lengths.sum()} transitions, but observations has {n}.")
+        _check_finite("actions", self.actions)
+        if self.rewards is not None:
+            _check_finite("rewards", self.rewards)
 
     def __len__(self) -> int:
-        return len(self.observations)
+        return batch_size_of(self.observations)
+
+    @property
+    def parts(self) -> dict[str, Rows]:
+        """
+        :return: Observations by key, under the empty key if they are a single array.
+        """
+        return self.observations if isinstance(self.observations, dict) else {"": self.observations}
 
     @property
     def n_episodes(self) -> int:
@@ -105,7 +130,7 @@ class Demonstrations:
             raise ValueError(f"n_episodes={n_episodes} must be at least 1.")
         n = self.traj_lengths[:n_episodes].sum()
         return Demonstrations(
-            observations=self.observations[:n],
+            observations=take(self.observations, slice(n)),
             actions=self.actions[:n],
             traj_lengths=self.traj_lengths[:n_episodes],
             rewards=None if self.rewards is None else self.rewards[:n],
@@ -116,24 +141,24 @@ class Demonstrations:
 
     def save(self, path: str | Path) -> None:
         """
-        Write an .npz file that :func:`load_demonstrations` reads.
+        Write an .npz file that :func:`load_demonstrations` reads. Images are not compressed, so that they can be read row by
+        row.
 
         :param path: Where; folders that don't exist are made.
         :raises ValueError: for a name that doesn't end in .npz.
         """
         path = _npz_path(path)
-        optional = dict(rewards=self.rewards, terminals=self.terminals, truncations=self.truncations)
         # "units" tells them from normalised files, whose values look alike.
         meta = dict(units="env") if self.env_id is None else dict(units="env", env_id=self.env_id)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(
-            path,
-            states=self.observations,
-            actions=self.actions,
-            traj_lengths=self.traj_lengths,
-            meta=np.array(json.dumps(meta)),
-            **{name: values for name, values in optional.items() if values is not None},  # type: ignore[arg-type]
-        )
+        if isinstance(self.observations, dict):
+            arrays = {f"obs/{key}": rows for key, rows in self.observations.items()}
+        else:
+            arrays = {"images" if is_image(self.observations) else "states": self.observations}
+        arrays |= dict(actions=self.actions, traj_lengths=self.traj_lengths, meta=np.array(json.dumps(meta)))
+        for name in ("rewards", "terminals", "truncations"):
+            if getattr(self, name) is not None:
+                arrays[name] = getattr(self, name)
+        write_npz(path, arrays)
 
     def chunks(self, horizon: int) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -155,47 +180,76 @@ class Demonstrations:
             )
         return first, self.actions[first[:, None] + np.arange(horizon)]
 
-    def stacked_observations(self, index: np.ndarray, n_stack: int) -> np.ndarray:
+    def stacked_observations(self, index: np.ndarray, n_stack: int, key: str = "") -> np.ndarray:
         """
-        Observations as ``VecFrameStack`` gives them: the last ones side by side, newest last, zeros before an episode's start.
+        Observations as ``VecFrameStack`` gives them: the last ones side by side, images along their channels, newest last,
+        zeros before an episode's start. Only these are read.
 
         :param index: Which transitions, shape (C,).
         :param n_stack: Number of frames.
+        :param key: Which of the observations, for a ``Dict``.
         :return: Shape (C, ..., n_stack * size).
         """
-        episode = np.searchsorted(self.starts, index, side="right") - 1
-        frames = []
+        rows, frames = self.parts[key], []
+        episode_start = self.starts[np.searchsorted(self.starts, index, side="right") - 1]
         for age in reversed(range(n_stack)):
-            inside = index - age >= self.starts[episode]
-            frame = self.observations[np.maximum(index - age, 0)]
-            frames.append(np.where(inside.reshape(-1, *[1] * (frame.ndim - 1)), frame, 0))
-        return np.concatenate(frames, axis=-1)
+            frame = np.asarray(rows[np.maximum(index - age, 0)])  # a copy
+            frame[index - age < episode_start] = 0
+            frames.append(frame)
+        return frames[0] if n_stack == 1 else np.concatenate(frames, axis=stacking_axis(rows))
+
+
+def stacking_axis(rows: Rows) -> int:
+    """
+    :param rows: Observations, shape (N, ...).
+    :return: The axis along which ``VecFrameStack`` stacks them: that of the channels of images, of which there are fewer than
+        rows and columns of pixels, and else the last.
+    """
+    return 1 if is_image(rows) and np.argmin(rows.shape[1:]) == 0 else -1
+
+
+def _check_finite(name: str, values: Rows) -> None:
+    """
+    :param name: What an error calls them.
+    :param values: One row per transition.
+    :raises ValueError: if a value is NaN or infinite.
+    """
+    if values.dtype.kind != "f":
+        return
+    finite = np.isfinite(np.asarray(values)).reshape(len(values), -1).all(axis=1)
+    if not finite.all():
+        raise ValueError(f"{name} is NaN or infinite in transition {int(finite.argmin())}: remove its episode.")
 
 
 def load_demonstrations(
     source: "str | Path | Sequence[Any] | MinariDataset",
     normalization: str | Path | None = None,
     *,
-    obs_keys: Sequence[str] | None = None,
+    obs_keys: Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
     filter_key: str | None = None,
 ) -> Demonstrations:
     """
     Read demonstrations.
 
-    An .npz file holds ``states`` (N, Do), ``actions`` (N, Da) and ``traj_lengths`` (E,), optionally ``rewards`` (N,),
-    ``terminals`` (N,), ``truncations`` (N,) and ``meta``, a JSON string with an ``env_id``. The reference implementation's
-    files hold normalised states and actions, with their ranges in a file ``normalization.npz``: it is used if it is passed, or
-    if it lies beside a file whose values are all in [-1, 1] and whose ``meta`` does not have ``"units": "env"``, as that of
+    An .npz file holds ``states`` (N, Do), ``images`` (N, C, H, W) or (N, H, W, C) of bytes, or both, or for the keys of a
+    ``Dict`` ``obs/KEY`` (N, ...); ``actions`` (N, Da) and ``traj_lengths`` (E,); optionally ``rewards`` (N,), ``terminals``
+    (N,), ``truncations`` (N,) and ``meta``, a JSON string with an ``env_id``. The reference implementation's files hold
+    normalised states and actions, with their ranges in a file ``normalization.npz``: it is used if it is passed, or if it lies
+    beside a file whose values are all in [-1, 1] and whose ``meta`` does not have ``"units": "env"``, as that of
     :meth:`Demonstrations.save` has.
 
+    Images are read from the file when they are used. Where that is not possible, in compressed .npz files and in Minari
+    datasets, they are unpacked once into a temporary file, in the folder that the environment variable ``TMPDIR`` names.
+
     :param source: A bundled set ("hopper-medium"), the path of an .npz file, of a robomimic file (.hdf5) or of a LeRobot
-        folder (the one with ``meta`` and ``data`` in it), the id of a local Minari dataset, such a dataset, or a list of
-        trajectories with the fields of `imitation`: ``obs`` (T + 1, ...), ``acts`` (T, ...), optionally ``rews`` (T,) and
-        ``terminal``.
+        folder (the one with ``meta`` and ``data`` in it), "minari:" and the id of a local Minari dataset, such a dataset, or a
+        list of trajectories with the fields of `imitation`: ``obs`` (T + 1, ...), an array or a dictionary of them, ``acts``
+        (T, ...), optionally ``rews`` (T,) and ``terminal``.
     :param normalization: Path of an .npz with ``obs_min``, ``obs_max``, ``action_min`` and ``action_max``, for
         normalised files.
-    :param obs_keys: For robomimic and LeRobot: what makes up an observation, side by side in this order, which must be the
-        env's. Otherwise all vectors of a robomimic file, sorted by name, or LeRobot's ``observation.state``.
+    :param obs_keys: Which of the file's observations make up the env's: a list of vectors, side by side in this order, which
+        must be the env's, or a single image; for a ``Dict``, such names for each of its keys. Otherwise all vectors of a
+        robomimic file, sorted by name, LeRobot's ``observation.state``, or all that there is under its own name.
     :param filter_key: For robomimic: name of the subset to read, one of those under ``mask`` in the file ("train").
     :return: The demonstrations, in the units of the env.
     :raises ValueError: for a source that can't be found or whose content does not fit together.
@@ -204,27 +258,26 @@ def load_demonstrations(
     kind = _kind(source)
     for name, value, kinds, what in (
         ("normalization", normalization, ("npz",), "normalised .npz files"),
-        ("obs_keys", obs_keys, ("robomimic", "lerobot"), "robomimic files and LeRobot folders"),
         ("filter_key", filter_key, ("robomimic",), "robomimic files"),
     ):
         if value is not None and kind not in kinds:
             shown = str(source) if isinstance(source, (str, Path)) else type(source).__name__
             raise ValueError(f"{name}={str(value)!r} is for {what}, not for source={shown!r}.")
-    if isinstance(obs_keys, str) or (obs_keys is not None and len(obs_keys) == 0):
-        raise ValueError(f"obs_keys={obs_keys!r} must be a list with at least one name.")
+    selection = None if obs_keys is None else selection_of(obs_keys)
     if kind == "trajectories":
-        return _from_trajectories(source)  # type: ignore[arg-type]
-    if kind == "minari":
-        return _from_minari(source)
-    if kind == "bundled":
-        return _from_npz(BUNDLED / f"{source}.npz", None)
-    if kind == "npz":
-        return _from_npz(Path(source), normalization)  # type: ignore[arg-type]
-    if kind == "robomimic":
-        return _from_robomimic(Path(source), obs_keys, filter_key)  # type: ignore[arg-type]
-    if kind == "lerobot":
-        return _from_lerobot(Path(source), obs_keys)  # type: ignore[arg-type]
-    return _from_minari_id(str(source))
+        arguments = from_trajectories(source, selection)  # type: ignore[arg-type]
+    elif kind == "minari":
+        arguments = from_minari(source, selection)
+    elif kind == "minari id":
+        arguments = from_minari_id(str(source), selection)
+    elif kind == "robomimic":
+        arguments = from_robomimic(Path(source), selection, filter_key)  # type: ignore[arg-type]
+    elif kind == "lerobot":
+        arguments = from_lerobot(Path(source), selection)  # type: ignore[arg-type]
+    else:
+        path = BUNDLED / f"{source}.npz" if kind == "bundled" else Path(source)  # type: ignore[arg-type]
+        arguments = from_npz(path, normalization, selection)
+    return Demonstrations(**arguments)
 
 
 def _kind(source: Any) -> str:
@@ -235,6 +288,8 @@ def _kind(source: Any) -> str:
     if not isinstance(source, (str, Path)):
         return "trajectories" if isinstance(source, Sequence) else "minari"
     path = Path(source)
+    if str(source).startswith("minari:"):
+        return "minari id"
     if (BUNDLED / f"{source}.npz").is_file():
         return "bundled"
     if path.suffix == ".npz":
@@ -251,366 +306,6 @@ def _kind(source: Any) -> str:
     return "minari id"
 
 
-def _from_npz(path: Path, normalization: str | Path | None) -> Demonstrations:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist. Bundled demonstrations: {bundled_demonstrations()}.")
-    arrays = read_npz(path, ("states", "actions", "traj_lengths"))
-    for name in ("states", "actions"):
-        if arrays[name].dtype.kind not in "fiu":
-            raise ValueError(f"{path}: {name} must be numbers, not {arrays[name].dtype}.")
-    states, actions = (arrays[name].astype(np.float32) for name in ("states", "actions"))
-    try:
-        meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
-        env_id, units = meta.get("env_id"), meta.get("units")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f'{path}: meta must be a JSON object, such as {{"env_id": "Hopper-v5"}}.') from error
-    if units == "env" and normalization is not None:
-        raise ValueError(
-            f"normalization={str(normalization)!r} is for normalised .npz files, but {path} is in the env's units."
-        )
-    beside = path.parent / "normalization.npz"
-    if normalization is None and units != "env" and beside.is_file() and path.name != beside.name:
-        if max(np.abs(values).max(initial=0) for values in (states, actions)) <= 1 + 1e-4:
-            normalization = beside
-    if normalization is not None:
-        ranges = read_npz(Path(normalization), ("obs_min", "obs_max", "action_min", "action_max"))
-        for name, values in (("obs", states), ("action", actions)):
-            if ranges[f"{name}_min"].size != values[0].size or ranges[f"{name}_max"].size != values[0].size:
-                raise ValueError(
-                    f"{normalization} has {ranges[f'{name}_min'].size} {name} ranges, but {path} has {values[0].size}."
-                )
-        states = (states + 1) / 2 * (ranges["obs_max"] - ranges["obs_min"] + 1e-6) + ranges["obs_min"]
-        actions = (actions + 1) / 2 * (ranges["action_max"] - ranges["action_min"] + 1e-6) + ranges["action_min"]
-    return Demonstrations(
-        observations=states.astype(np.float32),
-        actions=actions.astype(np.float32),
-        traj_lengths=np.asarray(arrays["traj_lengths"]),
-        rewards=arrays.get("rewards"),
-        terminals=arrays.get("terminals"),
-        env_id=env_id,
-        truncations=arrays.get("truncations"),
-    )
-
-
-def read_npz(path: Path, required: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """
-    :param path: Path of an .npz file.
-    :param required: Keys that it must have.
-    :return: Its arrays, read once.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = dict(archive)
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, TypeError) as error:
-        raise ValueError(f"{path} can't be read as .npz ({error}).") from error
-    missing = [key for key in required if key not in arrays]
-    if missing:
-        raise ValueError(f"{path} lacks {missing}; it holds {sorted(arrays)}.")
-    return arrays
-
-
-def bundled_demonstrations() -> list[str]:
-    """
-    :return: Names of the sets that come with the package.
-    """
-    return sorted(path.stem for path in BUNDLED.glob("*.npz"))
-
-
-def _from_minari_id(dataset_id: str) -> Demonstrations:
-    not_found = f"source={dataset_id!r} is neither a bundled set ({bundled_demonstrations()}), nor an .npz file, nor"
-    try:
-        import minari
-    except ImportError as error:
-        raise ValueError(f"{not_found} a Minari dataset, which need `pip install sb3-dppo[minari]`.") from error
-    if dataset_id not in minari.list_local_datasets():
-        raise ValueError(f"{not_found} a local Minari dataset: get it with `minari download {dataset_id}`.")
-    return _from_minari(minari.load_dataset(dataset_id))
-
-
-def _from_minari(dataset: Any) -> Demonstrations:
-    if not hasattr(dataset, "iterate_episodes"):
-        raise TypeError(
-            f"source must be a name, a path, a list of trajectories or a Minari dataset, not {type(dataset).__name__}."
-        )
-    episodes = list(dataset.iterate_episodes())
-    for name in ("observations", "actions"):
-        if episodes and not isinstance(getattr(episodes[0], name), np.ndarray):
-            raise ValueError(f"The Minari dataset's {name} are not arrays: use one of an env with Box spaces.")
-    if not episodes:
-        raise ValueError("The Minari dataset holds no episodes.")
-    lengths = np.array([len(episode.actions) for episode in episodes])
-    return Demonstrations(
-        # An episode also holds the observation after its last action.
-        observations=np.concatenate([episode.observations[: len(episode.actions)] for episode in episodes]).astype(np.float32),
-        actions=np.concatenate([episode.actions.reshape(len(episode.actions), -1) for episode in episodes]).astype(np.float32),
-        traj_lengths=lengths,
-        rewards=np.concatenate([episode.rewards for episode in episodes]),
-        terminals=np.concatenate([episode.terminations for episode in episodes]),
-        env_id=dataset.env_spec.id if dataset.env_spec is not None else None,
-        truncations=np.concatenate([episode.truncations for episode in episodes]),
-    )
-
-
-def _from_trajectories(trajectories: Sequence[Any]) -> Demonstrations:
-    if len(trajectories) == 0:
-        raise ValueError("source is an empty list: pass at least one trajectory.")
-    observations: list[np.ndarray] = []
-    actions: list[np.ndarray] = []
-    for i, trajectory in enumerate(trajectories):
-        for name in ("obs", "acts"):
-            values = np.asarray(getattr(trajectory, name, None))
-            if values.dtype.kind not in "fiub" or values.ndim == 0:
-                raise ValueError(
-                    f"source[{i}].{name} must be an array of numbers, not {type(getattr(trajectory, name, None)).__name__}: "
-                    "a list must hold trajectories as `imitation` has them (obs, acts, rews, terminal), without Dict spaces."
-                )
-        obs, acts = np.asarray(trajectory.obs), np.asarray(trajectory.acts)
-        if len(acts) == 0 or len(obs) != len(acts) + 1:
-            raise ValueError(
-                f"source[{i}] has {len(obs)} obs and {len(acts)} acts: there must be at least one action, and one observation "
-                "more than actions, the one after the last."
-            )
-        rews = getattr(trajectory, "rews", None)
-        if rews is not None and np.shape(rews) != (len(acts),):
-            raise ValueError(f"source[{i}].rews has the shape {np.shape(rews)}, not ({len(acts)},), one per action.")
-        if i > 0 and (obs.shape[1:] != observations[0].shape[1:] or acts[0].size != actions[0].shape[1]):
-            raise ValueError(f"source[{i}] has other shapes, obs {obs.shape} and acts {acts.shape}, than source[0].")
-        observations.append(obs[:-1])
-        actions.append(acts.reshape(len(acts), -1))
-    rewards, terminals = None, None
-    # Known only if they are known of all of them.
-    if all(getattr(trajectory, "rews", None) is not None for trajectory in trajectories):
-        rewards = np.concatenate([np.asarray(trajectory.rews, dtype=np.float32) for trajectory in trajectories])
-    if all(getattr(trajectory, "terminal", None) is not None for trajectory in trajectories):
-        terminals = np.zeros(sum(len(acts) for acts in actions), dtype=bool)
-        terminals[np.cumsum([len(acts) for acts in actions]) - 1] = [bool(trajectory.terminal) for trajectory in trajectories]
-    return Demonstrations(
-        observations=np.concatenate(observations).astype(np.float32),
-        actions=np.concatenate(actions).astype(np.float32),
-        traj_lengths=np.array([len(acts) for acts in actions]),
-        rewards=rewards,
-        terminals=terminals,
-    )
-
-
-# ---------------------------------------------------------------------- robomimic
-
-
-def _from_robomimic(path: Path, obs_keys: Sequence[str] | None, filter_key: str | None) -> Demonstrations:
-    import h5py
-
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist.")
-    try:
-        with h5py.File(path, "r") as file:
-            names = _robomimic_episodes(path, file, filter_key)
-            first = file["data"][names[0]]
-            keys = list(obs_keys) if obs_keys is not None else _robomimic_vectors(path, first)
-            columns: dict[str, list[np.ndarray]] = {}
-            for name in names:
-                _read_robomimic_episode(path, file["data"][name], keys, "rewards" in first, "dones" in first, columns)
-    except OSError as error:
-        raise ValueError(f"{path} can't be read as HDF5 ({error}).") from error
-    # The file's env_args name robosuite's task, or D4RL's, not an id of the env that a model is in: no env_id.
-    return Demonstrations(
-        observations=np.concatenate(columns["obs"]),
-        actions=np.concatenate(columns["actions"]),
-        traj_lengths=np.array([len(actions) for actions in columns["actions"]]),
-        rewards=np.concatenate(columns["rewards"])[:, 0] if "rewards" in columns else None,
-        terminals=np.concatenate(columns["dones"])[:, 0] > 0 if "dones" in columns else None,
-    )
-
-
-def _robomimic_episodes(path: Path, file: Any, filter_key: str | None) -> list[str]:
-    """
-    :param path: Path of the file, for errors.
-    :param file: The open file.
-    :param filter_key: Name of a subset, or ``None`` for all episodes.
-    :return: Names of the episodes, in the order of their numbers: demo_10 comes after demo_9.
-    """
-    if not hasattr(file.get("data"), "keys"):
-        raise ValueError(f"{path} lacks the group data, as robomimic's files have it; it holds {sorted(file)}.")
-    names = list(file["data"])
-    if filter_key is not None:
-        masks = sorted(file["mask"]) if "mask" in file else []
-        if filter_key not in masks:
-            raise ValueError(f"filter_key={filter_key!r} is not in {path}, whose mask holds {masks}.")
-        chosen = [name.decode() if isinstance(name, bytes) else str(name) for name in file["mask"][filter_key][()]]
-        missing = sorted(set(chosen) - set(names))
-        if missing:
-            raise ValueError(f"{path}: mask/{filter_key} names {missing}, which data does not hold.")
-        names = chosen
-    other = [name for name in names if re.fullmatch(r"demo_\d+", name) is None]
-    if other:
-        raise ValueError(f"{path}: data holds {other}, but episodes must be called demo_0, demo_1, ….")
-    if not names:
-        raise ValueError(f"{path}: {'data' if filter_key is None else f'mask/{filter_key}'} holds no episodes.")
-    return sorted(names, key=lambda name: int(name[len("demo_") :]))
-
-
-def _robomimic_vectors(path: Path, episode: Any) -> list[str]:
-    """
-    :param path: Path of the file, for errors.
-    :param episode: Group of an episode.
-    :return: Names of its observations that are not images, sorted.
-    """
-    observations = episode.get("obs")
-    if not hasattr(observations, "keys"):
-        raise ValueError(
-            f"{path} lacks the group {episode.name[1:]}/obs; extract observations with robomimic's dataset_states_to_obs.py."
-        )
-    # Groups in it, if any, have no number of dimensions.
-    keys = sorted(key for key in observations if getattr(observations[key], "ndim", 3) <= 2)
-    if not keys:
-        raise ValueError(
-            f"{path}: {episode.name[1:]}/obs holds no vectors, only {sorted(observations)}: images are not read yet."
-        )
-    return keys
-
-
-def _read_robomimic_episode(
-    path: Path, episode: Any, keys: list[str], rewards: bool, dones: bool, columns: dict[str, list[np.ndarray]]
-) -> None:
-    """
-    Append an episode.
-
-    :param path: Path of the file, for errors.
-    :param episode: The episode's group.
-    :param keys: Names of the observations.
-    :param rewards: Whether to read rewards, which must then be there.
-    :param dones: The same for dones.
-    :param columns: What was read so far, to append to.
-    """
-
-    def read(name: str, rows: int | None = None) -> np.ndarray:
-        dataset, full_name = episode.get(name), f"{episode.name[1:]}/{name}"
-        if not hasattr(dataset, "dtype"):
-            group = episode.get("obs") if name.startswith("obs/") else episode
-            raise ValueError(f"{path} lacks the dataset {full_name}; there are {sorted(group) if group is not None else []}.")
-        if dataset.ndim > 2:
-            raise ValueError(
-                f"{path}: {full_name} has the shape {dataset.shape}, as images have, which are not read yet: name vectors "
-                "only, or leave obs_keys out."
-            )
-        if dataset.dtype.kind not in "fiub" or dataset.ndim == 0:
-            raise ValueError(f"{path}: {full_name} must be numbers, one row per transition, not {dataset.dtype}.")
-        if len(dataset) == 0 or (rows is not None and len(dataset) != rows):
-            raise ValueError(f"{path}: {full_name} has {len(dataset)} rows, not {rows or 'at least one'}, one per action.")
-        return dataset[()].astype(np.float32).reshape(len(dataset), -1)
-
-    actions = read("actions")
-    new = {"actions": actions}
-    new["obs"] = np.concatenate([read(f"obs/{key}", len(actions)) for key in keys], axis=1)
-    for name in [name for name, wanted in (("rewards", rewards), ("dones", dones)) if wanted]:
-        new[name] = read(name, len(actions))
-        if new[name].shape[1] != 1:
-            raise ValueError(f"{path}: {episode.name[1:]}/{name} has {new[name].shape[1]} columns, not one.")
-    for name, values in new.items():
-        before = columns.setdefault(name, [])
-        if before and values.shape[1] != before[0].shape[1]:
-            raise ValueError(
-                f"{path}: {episode.name[1:]}/{name} has {values.shape[1]} columns, but {before[0].shape[1]} in other episodes."
-            )
-        before.append(values)
-
-
-# ---------------------------------------------------------------------- LeRobot
-
-
-def _from_lerobot(folder: Path, obs_keys: Sequence[str] | None) -> Demonstrations:
-    info_path = folder / "meta" / "info.json"
-    try:
-        info = json.loads(info_path.read_text())
-        shapes = {name: (str(feature["dtype"]), tuple(feature["shape"])) for name, feature in info["features"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{info_path} must be a JSON object with features, each with dtype and shape ({error!r}).") from error
-    keys = list(obs_keys) if obs_keys is not None else ["observation.state"]
-    vectors = sorted(name for name, (dtype, shape) in shapes.items() if dtype not in ("image", "video") and len(shape) == 1)
-    for name in (*keys, "action"):
-        if name not in shapes:
-            raise ValueError(f"{info_path} has no feature {name!r}; there are {sorted(shapes)}: choose obs_keys.")
-        if name not in vectors:
-            raise ValueError(
-                f"{info_path}: {name} is of dtype {shapes[name][0]} and shape {shapes[name][1]}. Only vectors are read yet: "
-                f"obs_keys can be {[vector for vector in vectors if vector.startswith('observation')]}."
-            )
-    optional = [name for name in ("next.reward", "next.done") if name in vectors]
-    table = _read_parquet(folder, list(dict.fromkeys(["episode_index", "frame_index", "action", *keys, *optional])))
-
-    episode, frame = table["episode_index"][:, 0], table["frame_index"][:, 0]
-    total = info.get("total_frames")
-    if total is not None and total != len(episode):
-        raise ValueError(f"{folder}/data has {len(episode)} frames, but {info_path} {total}: files are missing or too many.")
-    order = np.lexsort((frame, episode))
-    numbers, lengths = np.unique(episode, return_counts=True)
-    counted = np.arange(len(frame)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    wrong = np.flatnonzero(frame[order] != counted)
-    if len(wrong) > 0:
-        number = episode[order][wrong[0]]
-        raise ValueError(
-            f"{folder}/data: frame_index of episode {number} must count 0 … {lengths[numbers == number][0] - 1}, but frames "
-            "are missing or there twice."
-        )
-    # Nothing in the folder names an env.
-    return Demonstrations(
-        observations=np.concatenate([table[key] for key in keys], axis=1)[order].astype(np.float32),
-        actions=table["action"][order].astype(np.float32),
-        traj_lengths=lengths,
-        rewards=table["next.reward"][order, 0] if "next.reward" in table else None,
-        terminals=table["next.done"][order, 0].astype(bool) if "next.done" in table else None,
-    )
-
-
-def _read_parquet(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
-    """
-    :param folder: A LeRobot folder.
-    :param names: Columns of its data.
-    :return: Each column, of all files, shape (frames, size).
-    """
-    try:
-        import pyarrow as pa
-        import pyarrow.compute as pc
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError(f"{folder} is a LeRobot folder, which needs pyarrow: pip install 'sb3-dppo[lerobot]'.") from error
-    paths = sorted((folder / "data").glob("*/*.parquet"))
-    if not paths:
-        raise ValueError(f"{folder}/data holds no chunk-000/file-000.parquet: the data was not downloaded.")
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for path in paths:
-        try:
-            with pq.ParquetFile(path) as file:
-                missing = [name for name in names if name not in file.schema_arrow.names]
-                if missing:
-                    raise ValueError(f"it lacks {missing}; its columns are {file.schema_arrow.names}")
-                # Columns whose names begin with these and a dot come along.
-                table = file.read(columns=names)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise ValueError(f"{path} can't be read as LeRobot's data ({error}).") from error
-        for name in names:
-            column = table.column(name)
-            is_list = hasattr(column.type, "value_type")
-            value_type = column.type.value_type if is_list else column.type
-            sizes = pc.min_max(pc.list_value_length(column)).as_py() if is_list else dict(min=1, max=1)
-            numeric = pa.types.is_floating(value_type) or pa.types.is_integer(value_type) or pa.types.is_boolean(value_type)
-            if not numeric or sizes["min"] != sizes["max"] or column.null_count > 0:
-                raise ValueError(f"{path}: {name} must hold numbers, equally many in every frame, not {column.type}.")
-            parts = [chunk.flatten() if is_list else chunk for chunk in column.chunks]
-            if any(part.null_count > 0 for part in parts):
-                raise ValueError(f"{path}: {name} has missing values: remove their episodes.")
-            if len(column) == 0:
-                continue
-            values = np.concatenate([part.to_numpy(zero_copy_only=False) for part in parts]).reshape(len(column), -1)
-            if columns[name] and values.shape[1] != columns[name][0].shape[1]:
-                raise ValueError(
-                    f"{path}: {name} has {values.shape[1]} columns, but {columns[name][0].shape[1]} in other files."
-                )
-            columns[name].append(values)
-    if not columns["action"]:
-        raise ValueError(f"{folder}/data holds no frames.")
-    return {name: np.concatenate(values) for name, values in columns.items()}
-
-
 # ---------------------------------------------------------------------- collecting
 
 
@@ -620,7 +315,8 @@ def collect_demonstrations(
     """
     Record episodes of a policy. An interruption (Ctrl+C) keeps the episodes that are complete.
 
-    :param env: The env, with Box spaces, whose own observations are recorded.
+    :param env: The env, whose own observations are recorded, images as they are: with a ``Box`` of actions and observations
+        of numbers, or a ``Dict`` of such ones.
     :param predict: The policy, called as ``predict(observation, state, episode_start)``: it gives the action and the next
         state, as ``predict`` of a model does. Actions are clipped to the env's bounds.
     :param n_episodes: Number of episodes.
@@ -631,27 +327,34 @@ def collect_demonstrations(
     """
     if n_episodes < 1:
         raise ValueError(f"n_episodes={n_episodes} must be at least 1.")
-    for name, space in (("observation", env.observation_space), ("action", env.action_space)):
-        if not isinstance(space, spaces.Box):
-            raise ValueError(f"Demonstrations are arrays of numbers, but the env's {name} space is {space}, not a Box.")
-    episodes: list[dict[str, list[Any]]] = []
+    if not isinstance(env.action_space, spaces.Box):
+        raise ValueError(f"Actions must be arrays of numbers, but the env's action space is {env.action_space}, not a Box.")
+    for key, part in parts_of_space(env.observation_space).items():
+        if not isinstance(part, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+            raise ValueError(
+                f"Observations must be arrays of numbers, or a Dict of these, but the env's {part_name(key)} are {part}: wrap "
+                "it in gymnasium.wrappers.FlattenObservation, or make it a Dict."
+            )
+    observations = Recorder()
+    columns: list[dict[str, list[Any]]] = []
     bar = tqdm(total=n_episodes, desc="collect", unit="episode", disable=not progress_bar)
     try:
-        while len(episodes) < n_episodes:
-            episodes.append(_collect_episode(env, predict, None if seed is None else seed + len(episodes)))
+        while len(columns) < n_episodes:
+            episode_seed = None if seed is None else seed + len(columns)
+            columns.append(_collect_episode(env, predict, episode_seed, observations))
             bar.update()
-            bar.set_postfix({"return": f"{np.mean([np.sum(episode['rewards']) for episode in episodes]):.2f}"})
+            bar.set_postfix({"return": f"{np.mean([np.sum(episode['rewards']) for episode in columns]):.2f}"})
     except KeyboardInterrupt:
-        if not episodes:
+        if not columns:
             raise
-        print(f"Interrupted: keeping {len(episodes)} complete episodes", file=sys.stderr)
+        print(f"Interrupted: keeping {len(columns)} complete episodes", file=sys.stderr)
     finally:
         bar.close()
-    arrays = {name: np.concatenate([np.asarray(episode[name]) for episode in episodes]) for name in episodes[0]}
+    arrays = {name: np.concatenate([np.asarray(episode[name]) for episode in columns]) for name in columns[0]}
     return Demonstrations(
-        observations=arrays["observations"],
+        observations=observations.observations(),
         actions=arrays["actions"].reshape(len(arrays["actions"]), -1),
-        traj_lengths=np.array([len(episode["actions"]) for episode in episodes]),
+        traj_lengths=np.array([len(episode["actions"]) for episode in columns]),
         rewards=arrays["rewards"].astype(np.float32),
         terminals=arrays["terminals"],
         env_id=None if env.spec is None else env.spec.id,
@@ -659,31 +362,34 @@ def collect_demonstrations(
     )
 
 
-def _collect_episode(env: gym.Env, predict: Predict, seed: int | None) -> dict[str, list[Any]]:
+def _collect_episode(env: gym.Env, predict: Predict, seed: int | None, observations: Recorder) -> dict[str, list[Any]]:
     """
     :param env: The env.
     :param predict: The policy.
     :param seed: Seed of the reset.
-    :return: Its columns, one entry per transition.
+    :param observations: Where to record the observations, at the end.
+    :return: Its other columns, one entry per transition.
     """
     assert isinstance(env.action_space, spaces.Box)
     low, high = env.action_space.low, env.action_space.high
-    episode: dict[str, list[Any]] = {name: [] for name in ("observations", "actions", "rewards", "terminals", "truncations")}
+    episode: dict[str, list[Any]] = {name: [] for name in ("actions", "rewards", "terminals", "truncations")}
+    seen: list[dict[str, np.ndarray]] = []
     obs, state, done = env.reset(seed=seed)[0], None, False
     while not done:
-        action, state = predict(obs, state, np.array([not episode["actions"]]))
+        action, state = predict(obs, state, np.array([not seen]))
         action = np.asarray(action)
         if action.shape != low.shape:
             raise ValueError(f"The policy's action has the shape {action.shape}, but the env's are of shape {low.shape}.")
         action = np.clip(action, low, high).astype(env.action_space.dtype)
         # Copies: an env may give the same array again.
-        episode["observations"].append(np.array(obs, dtype=np.float32))
+        seen.append({key: np.array(value) for key, value in (obs if isinstance(obs, dict) else {"": obs}).items()})
         episode["actions"].append(np.array(action, dtype=np.float32))
         obs, reward, terminated, truncated, _ = env.step(action)
         episode["rewards"].append(float(reward))
         episode["terminals"].append(bool(terminated))
         episode["truncations"].append(bool(truncated))
         done = terminated or truncated
+    observations.append({key: np.stack([part[key] for part in seen]) for key in seen[0]})
     return episode
 
 
@@ -712,7 +418,8 @@ def _predict_of_model(
     if not Path(path).is_file():
         raise ValueError(f"model={path!r} does not exist.")
     model = algos[algo].load(path, device=device)
-    check_for_correct_spaces(env, model.observation_space, model.action_space)
+    # As the model's own env was wrapped: with the channels of images first.
+    check_for_correct_spaces(model._wrap_env(env, monitor_wrapper=False), model.observation_space, model.action_space)
     if seed is not None:
         model.set_random_seed(seed)
     if vec_normalize is not None and not Path(vec_normalize).is_file():
@@ -720,7 +427,7 @@ def _predict_of_model(
     # What is recorded are the env's own observations; the model alone sees normalised ones.
     normalizer = None if vec_normalize is None else VecNormalize.load(vec_normalize, DummyVecEnv([lambda: env]))
 
-    def predict(obs: np.ndarray, state: Any, episode_start: np.ndarray) -> tuple[np.ndarray, Any]:
+    def predict(obs: Any, state: Any, episode_start: np.ndarray) -> tuple[np.ndarray, Any]:
         seen = obs if normalizer is None else normalizer.normalize_obs(obs)
         return model.predict(seen, state, episode_start, deterministic=deterministic)
 
@@ -742,6 +449,8 @@ def _predict_of_function(name: str) -> Predict:
 
 
 # ---------------------------------------------------------------------- the program
+
+SOURCES = "bundled set (hopper-medium), .npz file, robomimic file (.hdf5), LeRobot folder, or minari:ID of a Minari dataset"
 
 
 def describe(demonstrations: Demonstrations) -> str:
@@ -768,8 +477,14 @@ def describe(demonstrations: Demonstrations) -> str:
     ]
     lines.append(f"last steps    {', '.join(ends) or 'unknown, there are no flags'}")
     constant = []
-    for name in ("observations", "actions"):
-        values = getattr(demonstrations, name).reshape(n, -1)
+    columns = {part_name(key): rows for key, rows in demonstrations.parts.items()}
+    for name, rows in (columns | dict(actions=demonstrations.actions)).items():
+        if is_image(rows):
+            sample = rows[np.unique(np.linspace(0, n - 1, rows_at_once(rows.shape, rows.dtype)).astype(int))]
+            lines.append(f"{name}, images of shape {rows.shape[1:]}, {rows.dtype}")
+            lines.append(f"  {sample.min()} to {sample.max()}, mean {sample.mean():.1f}, in a sample of {len(sample)}")
+            continue
+        values = np.asarray(rows).reshape(n, -1)
         low, high = values.min(axis=0), values.max(axis=0)
         lines.append(f"{name}, {values.shape[1]} columns (min, max)")
         lines += [f"  {i:4d}  {low[i]:12.5g}  {high[i]:12.5g}" for i in range(values.shape[1])]
@@ -784,18 +499,44 @@ def _npz_path(path: str | Path) -> Path:
     return Path(path)
 
 
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """
+    :param parser: A parser, to which to add the options of :func:`load_demonstrations`; see :func:`load_from_options`.
+    """
+    parser.add_argument("--normalization", help="ranges of a normalised .npz file")
+    parser.add_argument(
+        "--obs-keys",
+        nargs="+",
+        metavar="NAME",
+        help="what makes up an observation: names in the file, laid side by side, or for a Dict KEY:NAME or KEY:NAME,NAME,…",
+    )
+    parser.add_argument("--filter-key", help="subset of a robomimic file")
+
+
+def load_from_options(source: str, args: argparse.Namespace) -> Demonstrations:
+    """
+    :param source: See :func:`load_demonstrations`.
+    :param args: Parsed arguments, of :func:`add_source_options` among others.
+    :return: The demonstrations.
+    :raises ValueError: as :func:`load_demonstrations`.
+    :raises ImportError: as :func:`load_demonstrations`.
+    """
+    obs_keys = args.obs_keys
+    if obs_keys is not None and any(":" in item for item in obs_keys):
+        if not all(":" in item for item in obs_keys):
+            raise ValueError(f"obs-keys={obs_keys} must be names only, or KEY:NAME for every key of a Dict.")
+        obs_keys = {key: names.split(",") for key, _, names in (item.partition(":") for item in obs_keys)}
+    return load_demonstrations(source, args.normalization, obs_keys=obs_keys, filter_key=args.filter_key)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sb3_dppo.demonstrations", description="Inspect, convert and collect demonstrations."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     source = argparse.ArgumentParser(add_help=False)
-    source.add_argument(
-        "path", help="bundled set (hopper-medium), .npz file, robomimic file (.hdf5), LeRobot folder or Minari dataset id"
-    )
-    source.add_argument("--normalization", help="ranges of a normalised .npz file")
-    source.add_argument("--obs-keys", nargs="+", metavar="KEY", help="observations of a robomimic file or LeRobot folder")
-    source.add_argument("--filter-key", help="subset of a robomimic file")
+    source.add_argument("path", help=SOURCES)
+    add_source_options(source)
     commands.add_parser("inspect", parents=[source], help="print numbers, lengths, returns and ranges")
     convert = commands.add_parser("convert", parents=[source], help="write an .npz file")
     convert.add_argument("output", help=".npz file to write")
@@ -847,9 +588,7 @@ def main() -> None:
         if args.command == "collect":
             env, predict = _env_and_policy(args)
         else:
-            demonstrations = load_demonstrations(
-                args.path, args.normalization, obs_keys=args.obs_keys, filter_key=args.filter_key
-            )
+            demonstrations = load_from_options(args.path, args)
         if args.command == "convert" and args.max_episodes is not None:
             demonstrations = demonstrations.first(args.max_episodes)
     except (ValueError, ImportError) as error:

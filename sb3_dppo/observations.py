@@ -26,6 +26,22 @@ def parts_of(obs: Any) -> list[Any]:
     return [obs[key] for key in sorted(obs)] if isinstance(obs, dict) else [obs]
 
 
+def parts_of_space(observation_space: spaces.Space) -> dict[str, spaces.Space]:
+    """
+    :param observation_space: A space, or a ``Dict`` of spaces.
+    :return: The spaces by key, under the empty key if there is no ``Dict``.
+    """
+    return dict(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+
+
+def part_name(key: str) -> str:
+    """
+    :param key: Key of an observation, empty where it is a single array.
+    :return: What messages call it.
+    """
+    return f"observations[{key!r}]" if key else "observations"
+
+
 def take(obs: Obs, index: Any) -> Obs:
     """
     :param obs: Observations, shape (B, ...), or a dictionary of these.
@@ -50,7 +66,7 @@ def vector_keys(observation_space: spaces.Space) -> dict[str, spaces.Box]:
     :param observation_space: A ``Box``, or a ``Dict`` of spaces.
     :return: The boxes that hold vectors and no images, under the empty key for a ``Box``: what can be normalised by ranges.
     """
-    parts = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+    parts = parts_of_space(observation_space)
     return {key: space for key, space in parts.items() if isinstance(space, spaces.Box) and not is_image_space(space)}
 
 

@@ -210,7 +210,7 @@ def _set_normalization(model: DPPO, path: Path, has_critic: bool) -> None:
     :param has_critic: Whether the critic was imported too.
     """
     # Here and not above, so that the package can be imported without it (see sb3_dppo/__init__.py).
-    from sb3_dppo.demonstrations import read_npz
+    from sb3_dppo.rows import read_npz
 
     try:
         arrays = read_npz(path, ("obs_min", "obs_max", "action_min", "action_max"))

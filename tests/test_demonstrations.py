@@ -14,7 +14,8 @@ import pytest
 import torch as th
 
 from sb3_dppo import BC, DPPO, Demonstrations, load_demonstrations
-from sb3_dppo.demonstrations import bundled_demonstrations, collect_demonstrations, describe
+from sb3_dppo.demonstrations import collect_demonstrations, describe
+from sb3_dppo.formats import bundled_demonstrations
 from tests.envs import CountingEnv
 
 
@@ -117,15 +118,15 @@ def test_minari(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "changes,message",
     [
-        (dict(actions=np.zeros((11, 2))), "actions has 11 rows, but states has 12"),
+        (dict(actions=np.zeros((11, 2))), "actions has 11 rows, but observations has 12"),
         (dict(rewards=np.zeros(3)), "rewards has 3 rows"),
-        (dict(traj_lengths=np.array([5, 6])), "adds up to 11 transitions, but states has 12"),
+        (dict(traj_lengths=np.array([5, 6])), "adds up to 11 transitions, but observations has 12"),
         (dict(traj_lengths=np.array([12, 0])), "traj_lengths must be positive integers"),
         (dict(traj_lengths=np.array([5.0, 7.0])), "traj_lengths must be positive integers"),
         (dict(traj_lengths=None), r"lacks \['traj_lengths'\]"),
-        (dict(states=np.full((12, 3), np.nan)), "states is NaN or infinite in transition 0"),
+        (dict(states=np.full((12, 3), np.nan)), "observations is NaN or infinite in transition 0"),
         (dict(actions=np.where(np.arange(24).reshape(12, 2) == 7, np.inf, 0)), "actions is NaN or infinite in transition 3"),
-        (dict(states=np.zeros((0, 3))), "states must have the shape"),
+        (dict(states=np.zeros((0, 3))), "observations must have the shape"),
         (dict(states=np.zeros(12)), "states must have the shape"),
         (dict(actions=np.zeros(12)), "actions must have the shape"),
         (dict(states=np.array([["a"]] * 12)), "states must be numbers"),
@@ -317,20 +318,33 @@ def _set(name: str, value: Any = None) -> Callable[[h5py.File], None]:
         (_set("data/demo_1/actions"), {}, "d.hdf5 lacks the dataset data/demo_1/actions; there are.*'obs'"),
         (_set("data/demo_1/actions", np.zeros((0, 2))), {}, "data/demo_1/actions has 0 rows, not at least one"),
         (_set("data/demo_1/actions", np.zeros((2, 2))), {}, "data/demo_1/obs/gripper has 3 rows, not 2, one per action"),
-        (_set("data/demo_1/actions", np.zeros((3, 4))), {}, "data/demo_1/actions has 4 columns, but 2 in other episodes"),
+        (_set("data/demo_1/actions", np.zeros((3, 4))), {}, r"demo_1/actions has rows of shape \(4,\), but \(2,\) in other"),
         (_set("data/demo_1/actions", [b"a", b"b", b"c"]), {}, "data/demo_1/actions must be numbers"),
         (_set("data/demo_0/actions", 3.0), {}, "data/demo_0/actions must be numbers, one row per transition"),
         (_set("data/demo_0/obs"), {}, "lacks the group data/demo_0/obs; extract observations with.*dataset_states_to_obs"),
         (_set("data/demo_2/obs"), {}, "lacks the dataset data/demo_2/obs/gripper"),
         (_set("data/demo_2/obs/object"), {}, r"lacks the dataset data/demo_2/obs/object; there are.*'gripper'"),
-        (_set("data/demo_2/obs/object", np.zeros((5, 7))), {}, "data/demo_2/obs has 11 columns, but 6 in other episodes"),
+        (_set("data/demo_2/obs/object", np.zeros((5, 7))), {}, r"demo_2/obs/object has rows of shape \(7,\), but \(2,\)"),
         (_set("data/demo_2/rewards"), {}, "lacks the dataset data/demo_2/rewards"),
         (_set("data/demo_2/rewards", np.zeros((5, 2))), {}, "data/demo_2/rewards has 2 columns, not one"),
-        (_set("data/demo_0/obs/object", np.full((4, 2), np.nan)), {}, "states is NaN or infinite in transition 0"),
+        (_set("data/demo_0/obs/object", np.full((4, 2), np.nan)), {}, "observations is NaN or infinite in transition 0"),
         (_set("mask"), dict(filter_key="train"), r"filter_key='train' is not in .*d.hdf5, whose mask holds \[\]"),
         (_set("none"), dict(filter_key="valid"), r"filter_key='valid'.*\['gone', 'train'\]"),
         (_set("none"), dict(filter_key="gone"), r"mask/gone names \['demo_77'\], which data does not hold"),
-        (_set("none"), dict(obs_keys=["agentview_image"]), "agentview_image has the shape .*as images have"),
+        (
+            _set("data/demo_1/obs/object", np.zeros((3, 4, 4))),
+            {},
+            r"object has the shape \(3, 4, 4\) .*only vectors",
+        ),
+        (_set("data/demo_0/actions", np.zeros((4, 2, 2, 3), np.uint8)), {}, "demo_0/actions has the shape .*only vectors and"),
+        (
+            _set("data/demo_2/obs/agentview_image", np.zeros((5, 4, 4, 3), np.uint8)),
+            dict(obs_keys=["agentview_image"]),
+            r"demo_2/obs/agentview_image has rows of shape \(4, 4, 3\), but \(8, 8, 3\) in other episodes",
+        ),
+        (_set("none"), dict(obs_keys=["object", "agentview_image"]), "side by side, but 'agentview_image' has the shape"),
+        (_set("none"), dict(obs_keys=dict(state=[])), "obs_keys=.*must be a list with at least one name, or a dictionary"),
+        (_set("none"), dict(obs_keys={}), "must be a list with at least one name, or a dictionary"),
         (_set("none"), dict(obs_keys=["object", "camera"]), "lacks the dataset data/demo_0/obs/camera; there are.*'object'"),
         (_set("none"), dict(obs_keys=[]), r"obs_keys=\[\] must be a list with at least one name"),
         (_set("none"), dict(obs_keys="object"), "obs_keys='object' must be a list"),
@@ -547,15 +561,17 @@ def test_trajectories() -> None:
     [
         ([], "source is an empty list"),
         (["a.npz"], r"source\[0\].obs must be an array of numbers, not NoneType: a list must hold trajectories"),
-        ([trajectory(obs=dict(camera=1))], r"source\[0\].obs must be an array of numbers, not dict.*without Dict"),
+        ([trajectory(obs=dict(camera=1))], r"source\[0\].obs\['camera'\] must be an array of numbers, not int"),
+        (
+            [trajectory(), trajectory(obs=dict(a=np.zeros((4, 2))))],
+            r"source\[1\] has the observations \['a'\], but",
+        ),
         ([trajectory(), trajectory(obs=np.zeros((3, 2)))], r"source\[1\] has 3 obs and 3 acts.*one observation more"),
         ([trajectory(acts=np.zeros((0, 1)), obs=np.zeros((1, 2)))], "has 1 obs and 0 acts: there must be at least one"),
-        ([trajectory(), trajectory(obs=np.zeros((4, 5)))], r"source\[1\] has other shapes, obs \(4, 5\)"),
+        ([trajectory(), trajectory(obs=np.zeros((4, 5)))], r"source\[1\] has other shapes than .*: obs \(5,\)"),
         ([trajectory(rews=np.zeros(2))], r"source\[0\].rews has the shape \(2,\), not \(3,\)"),
     ],
 )
 def test_malformed_trajectories(trajectories: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_demonstrations(trajectories)
-    with pytest.raises(ValueError, match="obs_keys=.* is for robomimic files and LeRobot folders, not for source='list'"):
-        load_demonstrations(trajectories, obs_keys=["obs"])

@@ -210,7 +210,10 @@ def test_envs_that_cannot_be_recorded() -> None:
     "arguments,message",
     [
         ("inspect none.npz", "none.npz does not exist"),
-        ("inspect hopper-medium --obs-keys a", "obs_keys=.*is for robomimic"),
+        (
+            "inspect hopper-medium --obs-keys a",
+            r"names \['a'\], but .*hopper-medium.npz has the observations \['states'\]",
+        ),
         ("convert hopper-medium d.hdf5", "path='d.hdf5' must end in .npz"),
         ("convert hopper-medium d.npz --max-episodes 0", "n_episodes=0 must be at least 1"),
         ("collect --env Nope-v0 --policy m:f --n-episodes 1 -o d.npz", "env='Nope-v0' can't be made"),
