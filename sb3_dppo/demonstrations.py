@@ -8,7 +8,6 @@ import importlib
 import json
 import re
 import sys
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     from minari import MinariDataset
 
 BUNDLED = Path(__file__).parent / "demos"
+# Bytes that a byte of a file can become, more than which is a trap: 1032 is the limit of deflate.
+MAX_COMPRESSION = 1100
 
 # observation, state, whether an episode starts -> action, state; as ``predict`` of a model
 Predict = Callable[[np.ndarray, Any, np.ndarray], tuple[np.ndarray, Any]]
@@ -52,19 +53,22 @@ class Demonstrations:
     truncations: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        n = len(self.observations)
-        if n == 0 or self.observations.ndim < 2:
+        if self.observations.ndim < 2 or len(self.observations) == 0:
             raise ValueError(f"states must have the shape (transitions, size), not {self.observations.shape}.")
         if self.actions.ndim != 2:
             raise ValueError(f"actions must have the shape (transitions, size), not {self.actions.shape}.")
+        n = len(self.observations)
         for name in ("actions", "rewards", "terminals", "truncations"):
             values = getattr(self, name)
+            if values is not None and (values.ndim == 0 or values.dtype.kind not in "fiub"):
+                raise ValueError(f"{name} must be numbers, one per transition, not {values.dtype} of shape {values.shape}.")
             if values is not None and len(values) != n:
                 raise ValueError(f"{name} has {len(values)} rows, but states has {n}: there must be one per transition.")
         lengths = self.traj_lengths
         if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 1).any():
             raise ValueError(f"traj_lengths must be positive integers, one per episode, not {lengths!r}.")
-        if lengths.sum() != n:
+        # One beyond n could make their sum overflow.
+        if lengths.max(initial=0) > n or lengths.sum() != n:
             raise ValueError(f"traj_lengths adds up to {lengths.sum()} transitions, but states has {n}.")
         for name, values in (("states", self.observations), ("actions", self.actions), ("rewards", self.rewards)):
             if values is not None and not np.isfinite(values).all():
@@ -262,7 +266,9 @@ def _from_npz(path: Path, normalization: str | Path | None) -> Demonstrations:
     try:
         meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
         env_id, units = meta.get("env_id"), meta.get("units")
-    except (ValueError, AttributeError) as error:
+        if not isinstance(env_id, (str, type(None))):
+            raise ValueError(f"env_id={env_id!r}")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f'{path}: meta must be a JSON object, such as {{"env_id": "Hopper-v5"}}.') from error
     if units == "env" and normalization is not None:
         raise ValueError(
@@ -273,11 +279,11 @@ def _from_npz(path: Path, normalization: str | Path | None) -> Demonstrations:
         if max(np.abs(values).max(initial=0) for values in (states, actions)) <= 1 + 1e-4:
             normalization = beside
     if normalization is not None:
-        ranges = read_npz(Path(normalization), ("obs_min", "obs_max", "action_min", "action_max"))
+        ranges = read_ranges(Path(normalization))
         for name, values in (("obs", states), ("action", actions)):
-            if ranges[f"{name}_min"].size != values[0].size or ranges[f"{name}_max"].size != values[0].size:
+            if values.ndim != 2 or values.shape[1] != len(ranges[f"{name}_min"]):
                 raise ValueError(
-                    f"{normalization} has {ranges[f'{name}_min'].size} {name} ranges, but {path} has {values[0].size}."
+                    f"{normalization} has {len(ranges[f'{name}_min'])} {name} ranges, but {path} the shape {values.shape}."
                 )
         states = (states + 1) / 2 * (ranges["obs_max"] - ranges["obs_min"] + 1e-6) + ranges["obs_min"]
         actions = (actions + 1) / 2 * (ranges["action_max"] - ranges["action_min"] + 1e-6) + ranges["action_min"]
@@ -301,12 +307,28 @@ def read_npz(path: Path, required: tuple[str, ...]) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive)
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, TypeError) as error:
+    except Exception as error:  # np.load raises almost anything for what it did not write.
         raise ValueError(f"{path} can't be read as .npz ({error}).") from error
+    other = [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]
+    if other:
+        raise ValueError(f"{path} holds {other}, which are no arrays.")
     missing = [key for key in required if key not in arrays]
     if missing:
         raise ValueError(f"{path} lacks {missing}; it holds {sorted(arrays)}.")
     return arrays
+
+
+def read_ranges(path: Path) -> dict[str, np.ndarray]:
+    """
+    :param path: Path of the reference implementation's file of ranges.
+    :return: "obs_min" and "obs_max", shape (Do,), "action_min" and "action_max", shape (Da,).
+    :raises ValueError: if it is no such file.
+    """
+    arrays = read_npz(path, ("obs_min", "obs_max", "action_min", "action_max"))
+    for low, high in (("obs_min", "obs_max"), ("action_min", "action_max")):
+        if arrays[low].size != arrays[high].size or any(arrays[name].dtype.kind not in "fiu" for name in (low, high)):
+            raise ValueError(f"{path}: {low} and {high} must be equally many numbers.")
+    return {name: array.flatten() for name, array in arrays.items()}
 
 
 def bundled_demonstrations() -> list[str]:
@@ -409,7 +431,9 @@ def _from_robomimic(path: Path, obs_keys: Sequence[str] | None, filter_key: str 
             columns: dict[str, list[np.ndarray]] = {}
             for name in names:
                 _read_robomimic_episode(path, file["data"][name], keys, "rewards" in first, "dones" in first, columns)
-    except OSError as error:
+    except ValueError:
+        raise
+    except Exception as error:  # h5py raises almost anything for a damaged file.
         raise ValueError(f"{path} can't be read as HDF5 ({error}).") from error
     # The file's env_args name robosuite's task, or D4RL's, not an id of the env that a model is in: no env_id.
     return Demonstrations(
@@ -487,6 +511,7 @@ def _read_robomimic_episode(
         if not hasattr(dataset, "dtype"):
             group = episode.get("obs") if name.startswith("obs/") else episode
             raise ValueError(f"{path} lacks the dataset {full_name}; there are {sorted(group) if group is not None else []}.")
+        _check_storage(path, dataset)
         if dataset.ndim > 2:
             raise ValueError(
                 f"{path}: {full_name} has the shape {dataset.shape}, as images have, which are not read yet: name vectors "
@@ -512,6 +537,18 @@ def _read_robomimic_episode(
                 f"{path}: {episode.name[1:]}/{name} has {values.shape[1]} columns, but {before[0].shape[1]} in other episodes."
             )
         before.append(values)
+
+
+def _check_storage(path: Path, dataset: Any) -> None:
+    """
+    :param path: Path of the file that is read.
+    :param dataset: A dataset of it.
+    :raises ValueError: if its values are those of other files, or more than could be stored in this one.
+    """
+    if dataset.file.filename != str(path) or dataset.external or dataset.is_virtual:
+        raise ValueError(f"{path}: {dataset.name[1:]} refers to another file: copy it into this one.")
+    if dataset.nbytes > MAX_COMPRESSION * path.stat().st_size:
+        raise ValueError(f"{path}: {dataset.name[1:]} has the shape {dataset.shape}, more than the file can hold.")
 
 
 # ---------------------------------------------------------------------- LeRobot
