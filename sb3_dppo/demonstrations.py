@@ -306,6 +306,8 @@ def read_npz(path: Path, required: tuple[str, ...]) -> dict[str, np.ndarray]:
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
+            if sum(member.file_size for member in archive.zip.infolist()) > MAX_COMPRESSION * path.stat().st_size:
+                raise ValueError("it holds more than its size allows")
             arrays = dict(archive)
     except Exception as error:  # np.load raises almost anything for what it did not write.
         raise ValueError(f"{path} can't be read as .npz ({error}).") from error
@@ -429,8 +431,13 @@ def _from_robomimic(path: Path, obs_keys: Sequence[str] | None, filter_key: str 
             first = file["data"][names[0]]
             keys = list(obs_keys) if obs_keys is not None else _robomimic_vectors(path, first)
             columns: dict[str, list[np.ndarray]] = {}
+            n_bytes = 0
             for name in names:
                 _read_robomimic_episode(path, file["data"][name], keys, "rewards" in first, "dones" in first, columns)
+                # float32 can be four times what was stored. One dataset may be linked to from many places.
+                n_bytes += sum(values[-1].nbytes for values in columns.values())
+                if n_bytes > 4 * MAX_COMPRESSION * path.stat().st_size:
+                    raise ValueError(f"{path} holds more, up to {name}, than its size allows.")
     except ValueError:
         raise
     except Exception as error:  # h5py raises almost anything for a damaged file.
@@ -620,6 +627,10 @@ def _read_parquet(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
                 missing = [name for name in names if name not in file.schema_arrow.names]
                 if missing:
                     raise ValueError(f"it lacks {missing}; its columns are {file.schema_arrow.names}")
+                groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+                n_values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
+                if 8 * n_values > MAX_COMPRESSION * path.stat().st_size:
+                    raise ValueError(f"its {n_values} values are more than its size allows")
                 # Columns whose names begin with these and a dot come along.
                 table = file.read(columns=names)
         except (OSError, ValueError, pa.ArrowException) as error:

@@ -305,7 +305,7 @@ class Robomimic(Target):
         elif kind == "link":
             file[name] = h5py.ExternalLink(str(self.folder / "other.hdf5"), name)
         elif kind == "huge":
-            file.create_dataset(name, (2**40, *shape[1:]), "f4", chunks=(2**10, *(max(1, n) for n in shape[1:])))
+            file.create_dataset(name, (2**40, 2), "f4", chunks=(2**10, 2))
         elif kind == "external":
             file.create_dataset(name, (3, 2), "f4", external=[("/etc/passwd", 0, 24)])
         elif kind == "virtual":
@@ -467,7 +467,7 @@ def test_some_damaged_files(name: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", TARGETS)
 def test_many_damaged_files(name: str, tmp_path: Path) -> None:
-    fuzz(TARGETS[name](tmp_path), 2500, derandomize=False)
+    fuzz(TARGETS[name](tmp_path), 3000, derandomize=False)
 
 
 class Trap:
