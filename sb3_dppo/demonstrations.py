@@ -67,10 +67,11 @@ class Demonstrations:
     def __post_init__(self) -> None:
         if not self.parts:
             raise ValueError("observations is an empty dictionary: there must be at least one key.")
+        for key, rows in self.parts.items():
+            if rows.ndim < 2 or len(rows) == 0:
+                raise ValueError(f"{part_name(key)} must have the shape (transitions, size), not {rows.shape}.")
         n = len(self)
         for key, rows in self.parts.items():
-            if n == 0 or rows.ndim < 2:
-                raise ValueError(f"{part_name(key)} must have the shape (transitions, size), not {rows.shape}.")
             if len(rows) != n:
                 raise ValueError(f"{part_name(key)} has {len(rows)} rows, but {part_name(next(iter(self.parts)))} has {n}.")
             _check_finite(part_name(key), rows)
@@ -78,12 +79,15 @@ class Demonstrations:
             raise ValueError(f"actions must have the shape (transitions, size), not {self.actions.shape}.")
         for name in ("actions", "rewards", "terminals", "truncations"):
             values = getattr(self, name)
+            if values is not None and (values.ndim == 0 or values.dtype.kind not in "fiub"):
+                raise ValueError(f"{name} must be numbers, one per transition, not {values.dtype} of shape {values.shape}.")
             if values is not None and len(values) != n:
                 raise ValueError(f"{name} has {len(values)} rows, but observations has {n}: there must be one per transition.")
         lengths = self.traj_lengths
         if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 1).any():
             raise ValueError(f"traj_lengths must be positive integers, one per episode, not {lengths!r}.")
-        if lengths.sum() != n:
+        # One beyond n could make their sum overflow.
+        if lengths.max(initial=0) > n or lengths.sum() != n:
             raise ValueError(f"traj_lengths adds up to {lengths.sum()} transitions, but observations has {n}.")
         _check_finite("actions", self.actions)
         if self.rewards is not None:

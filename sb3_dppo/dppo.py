@@ -1045,17 +1045,60 @@ class DPPO(OnPolicyAlgorithm):
         :return: The loaded model
         :raises TypeError: for an argument that the constructor does not have
         """
+        cls._check_names("load", kwargs)
+        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        if model._run_state is not None and kwargs.get("seed") is not None:
+            model._run_state.generators = None
+        return model
+
+    @classmethod
+    def _check_names(cls, method: str, kwargs: dict[str, Any]) -> None:
         known = set(inspect.signature(DPPO.__init__).parameters) | set(inspect.signature(cls.__init__).parameters)
         known -= {"self", "policy", "env", "pretrained", "_init_setup_model"}
         for name in kwargs:
             if name not in known:
                 similar = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {similar[0]!r}?" if similar else f"it takes {sorted(known)}."
-                raise TypeError(f"{cls.__name__}.load() got an unexpected argument {name!r}: {hint}")
-        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-        if model._run_state is not None and kwargs.get("seed") is not None:
-            model._run_state.generators = None
-        return model
+                raise TypeError(f"{cls.__name__}.{method}() got an unexpected argument {name!r}: {hint}")
+
+    def save_pretrained(self, folder: str | pathlib.Path) -> None:
+        """
+        Save the model in a folder that is safe to share: weights as safetensors, settings and spaces as JSON, a model card,
+        and nothing that is executed when it is loaded. The optimisers' state is not in it: to go on exactly, use :meth:`save`.
+
+        :param folder: The folder, made if it doesn't exist. In one that does, the files of an earlier model are replaced and
+            others stay.
+        :raises ValueError: naming the argument that can't be written, such as a function or a class of your own
+        """
+        from sb3_dppo.sharing import save_pretrained
+
+        save_pretrained(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[SelfDPPO],
+        folder: str | pathlib.Path,
+        env: GymEnv | str | None = None,
+        device: th.device | str = "auto",
+        **kwargs: Any,
+    ) -> SelfDPPO:
+        """
+        Load a model from a folder that :meth:`save_pretrained` made. Nothing in it is executed, whoever made it.
+
+        :param folder: The folder
+        :param env: The env to run the model on, with as many copies as you like; ``None`` if it is only to predict. If the
+            model was trained with ``VecNormalize``, the env gets its statistics, in a ``VecNormalize`` of its own or a new one
+        :param device: Device on which the code should run
+        :param kwargs: Constructor arguments to change, for instance ``ft_denoising_steps``, ``scheduler`` or ``n_steps``
+        :return: The model
+        :raises FileNotFoundError: if the folder, or a file that belongs in it, does not exist
+        :raises ValueError: for files that are damaged, too large or not of such a model, or an env that does not fit it
+        :raises TypeError: for an argument that the constructor does not have
+        """
+        from sb3_dppo.sharing import from_pretrained
+
+        cls._check_names("from_pretrained", kwargs)
+        return from_pretrained(cls, folder, env, device, kwargs)
 
 
 def make_schedule(name: str, value: float | str | Schedule) -> FloatSchedule:

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sb3_dppo.observations import part_name
-from sb3_dppo.rows import EpisodeRows, Rows, TemporaryRows, is_image, read_npz
+from sb3_dppo.rows import MAX_COMPRESSION, EpisodeRows, Rows, TemporaryRows, is_image, read_npz
 
 BUNDLED = Path(__file__).parent / "demos"
 
@@ -133,7 +133,9 @@ def from_npz(path: Path, normalization: str | Path | None, selection: Selection 
     try:
         meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
         env_id, units = meta.get("env_id"), meta.get("units")
-    except (ValueError, AttributeError) as error:
+        if not isinstance(env_id, (str, type(None))):
+            raise ValueError(f"env_id={env_id!r}")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f'{path}: meta must be a JSON object, such as {{"env_id": "Hopper-v5"}}.') from error
     if units != "env":
         _unnormalize(path, arrays, normalization)
@@ -171,13 +173,26 @@ def _unnormalize(path: Path, arrays: dict[str, np.ndarray], normalization: str |
         if not inside or not beside.is_file() or path.name == beside.name:
             return
         normalization = beside
-    ranges = read_npz(Path(normalization), ("obs_min", "obs_max", "action_min", "action_max"))
+    ranges = read_ranges(Path(normalization))
     for name, value in values.items():
         low, high = ranges[f"{name}_min"], ranges[f"{name}_max"]
-        if low.size != value[0].size or high.size != value[0].size:
-            raise ValueError(f"{normalization} has {low.size} {name} ranges, but {path} has {value[0].size}.")
+        if value.ndim != 2 or value.shape[1] != len(low):
+            raise ValueError(f"{normalization} has {len(low)} {name} ranges, but {path} the shape {value.shape}.")
         raw = (value + 1) / 2 * (high - low + 1e-6) + low
         arrays["states" if name == "obs" else "actions"] = raw.astype(np.float32)
+
+
+def read_ranges(path: Path) -> dict[str, np.ndarray]:
+    """
+    :param path: Path of the reference implementation's file of ranges.
+    :return: "obs_min" and "obs_max", shape (Do,), "action_min" and "action_max", shape (Da,).
+    :raises ValueError: if it is no such file.
+    """
+    arrays = read_npz(path, ("obs_min", "obs_max", "action_min", "action_max"))
+    for low, high in (("obs_min", "obs_max"), ("action_min", "action_max")):
+        if arrays[low].size != arrays[high].size or any(arrays[name].dtype.kind not in "fiu" for name in (low, high)):
+            raise ValueError(f"{path}: {low} and {high} must be equally many numbers.")
+    return {name: array.flatten() for name, array in arrays.items()}
 
 
 def bundled_demonstrations() -> list[str]:
@@ -331,12 +346,19 @@ def from_robomimic(path: Path, selection: Selection | None, filter_key: str | No
             names = ["actions", *(f"obs/{name}" for names_of_key in selection.values() for name in names_of_key)]
             names += [name for name in ("rewards", "dones") if name in episodes[0]]
             columns: dict[str, list[Any]] = {name: [] for name in names}
+            n_bytes = 0
             for episode in episodes:
                 _read_robomimic_episode(path, episode, columns)
+                # float32 can be four times what was stored. One dataset may be linked to from many places.
+                n_bytes += sum(values[-1].nbytes for values in columns.values() if not is_image(values[-1]))
+                if n_bytes > 4 * MAX_COMPRESSION * path.stat().st_size:
+                    raise ValueError(f"{path} holds more, up to {episode.name[1:]}, than its size allows.")
             joined = {name: _join(values) for name, values in columns.items()}
             if any(is_image(rows) for rows in joined.values()):
                 stack.pop_all()  # The file stays open as long as its images are used.
-    except (OSError, KeyError, RuntimeError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # h5py raises almost anything for a damaged file.
         raise ValueError(f"{path} can't be read as HDF5 ({error}).") from error
     parts = {name.removeprefix("obs/"): rows for name, rows in joined.items() if name.startswith("obs/")}
     # The file's env_args name robosuite's task, or D4RL's, not an id of the env that a model is in: no env_id.
@@ -410,6 +432,7 @@ def _read_robomimic_episode(path: Path, episode: Any, columns: dict[str, list[An
         if not hasattr(dataset, "dtype"):
             group = episode.get("obs") if name.startswith("obs/") else episode
             raise ValueError(f"{path} lacks the dataset {full_name}; there are {sorted(group) if group is not None else []}.")
+        _check_storage(path, dataset)
         if dataset.ndim > 2 and not (name.startswith("obs/") and is_image(dataset)):
             raise ValueError(
                 f"{path}: {full_name} has the shape {dataset.shape} and the dtype {dataset.dtype}: only vectors and images "
@@ -428,6 +451,18 @@ def _read_robomimic_episode(path: Path, episode: Any, columns: dict[str, list[An
                 f"{path}: {full_name} has rows of shape {values.shape[1:]}, but {before[0].shape[1:]} in other episodes."
             )
         before.append(values)
+
+
+def _check_storage(path: Path, dataset: Any) -> None:
+    """
+    :param path: Path of the file that is read.
+    :param dataset: A dataset of it.
+    :raises ValueError: if its values are those of other files, or more than could be stored in this one.
+    """
+    if dataset.file.filename != str(path) or dataset.external or dataset.is_virtual:
+        raise ValueError(f"{path}: {dataset.name[1:]} refers to another file: copy it into this one.")
+    if dataset.nbytes > MAX_COMPRESSION * path.stat().st_size:
+        raise ValueError(f"{path}: {dataset.name[1:]} has the shape {dataset.shape}, more than the file can hold.")
 
 
 # ---------------------------------------------------------------------- LeRobot
@@ -500,6 +535,10 @@ def _read_parquet(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
                 missing = [name for name in names if name not in file.schema_arrow.names]
                 if missing:
                     raise ValueError(f"it lacks {missing}; its columns are {file.schema_arrow.names}")
+                groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+                n_values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
+                if 8 * n_values > MAX_COMPRESSION * path.stat().st_size:
+                    raise ValueError(f"its {n_values} values are more than its size allows")
                 # Columns whose names begin with these and a dot come along.
                 table = file.read(columns=names)
         except (OSError, ValueError, pa.ArrowException) as error:

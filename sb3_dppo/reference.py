@@ -2,7 +2,9 @@
 
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,7 @@ def import_reference_checkpoint(
             stacklevel=2,
         )
     inferred = _infer_architecture(fine_tuned, critic)
+    _check_sizes(inferred, tensors)
     given_net_arch = dict(policy_kwargs.get("net_arch") or {})
     for part, widths in inferred["net_arch"].items():
         if part in given_net_arch and list(given_net_arch[part]) != widths:
@@ -96,6 +99,7 @@ def _read_tensors(checkpoint: str | Path | Mapping[str, Any]) -> Tensors:
     if isinstance(checkpoint, (str, Path)):
         if not Path(checkpoint).is_file():
             raise ValueError(f"checkpoint={str(checkpoint)!r} does not exist.")
+        _check_archive(Path(checkpoint))
         try:
             checkpoint = th.load(checkpoint, map_location="cpu", weights_only=True)
         except Exception as error:  # th.load raises almost anything for what it did not write.
@@ -106,7 +110,46 @@ def _read_tensors(checkpoint: str | Path | Mapping[str, Any]) -> Tensors:
             break
     if not isinstance(checkpoint, Mapping) or not all(isinstance(name, str) for name in checkpoint):
         raise ValueError(f"checkpoint holds a {type(checkpoint).__name__}, not tensors under names.")
-    return {name: th.as_tensor(value) for name, value in checkpoint.items() if isinstance(value, (th.Tensor, np.ndarray))}
+    tensors = {name: th.as_tensor(value) for name, value in checkpoint.items() if isinstance(value, (th.Tensor, np.ndarray))}
+    for name, value in tensors.items():
+        dense = value.device.type != "meta" and value.layout == th.strided and not value.is_quantized
+        if not dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"checkpoint: the tensor {name!r} is none of plain numbers.")
+    return tensors
+
+
+def _check_archive(path: Path) -> None:
+    """
+    :param path: Path of a checkpoint.
+    :raises ValueError: if it is not as PyTorch has written files since 1.6: a zip without compression, so that what it holds
+        is no larger than the file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    except Exception as error:  # zipfile raises almost anything for what is no zip.
+        raise ValueError(f"checkpoint can't be read as a PyTorch file of tensors: {error}") from error
+    if size > path.stat().st_size:
+        raise ValueError("checkpoint can't be read as a PyTorch file of tensors: it holds more than its size allows.")
+
+
+def _check_sizes(inferred: dict[str, Any], tensors: Tensors) -> None:
+    """
+    Widths are read off the rows of matrices: a small file could ask for a huge model, whose matrices it does not hold.
+
+    :param inferred: What was read off the tensors.
+    :param tensors: All tensors of the checkpoint.
+    :raises ValueError: if they can't be the weights of such a model.
+    """
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors.values()}
+    time_dim = inferred.get("time_dim", 1)
+    networks = [
+        (time_dim, 2 * time_dim, time_dim, *inferred["net_arch"]["pi"]),
+        inferred.get("obs_encoder_arch", []),
+        inferred["net_arch"].get("vf", []),
+    ]
+    if sum(rows * columns for widths in networks for rows, columns in pairwise(widths)) > sum(storages.values()):
+        raise ValueError(f"checkpoint does not hold the matrices between its layers of {inferred['net_arch']}.")
 
 
 def _select(tensors: Tensors, prefix: str) -> Tensors:
@@ -127,7 +170,7 @@ def _infer_architecture(denoiser: Tensors, critic: Tensors) -> dict[str, Any]:
         layer_norm=_has_layer_norm(mlp),
     )
     if "time_embedding.3.bias" in denoiser:
-        inferred["time_dim"] = len(denoiser["time_embedding.3.bias"])
+        inferred["time_dim"] = denoiser["time_embedding.3.bias"].numel()
     if encoder:
         inferred["obs_encoder_arch"] = _widths(encoder)
     if critic:
@@ -210,16 +253,15 @@ def _set_normalization(model: DPPO, path: Path, has_critic: bool) -> None:
     :param has_critic: Whether the critic was imported too.
     """
     # Here and not above, so that the package can be imported without it (see sb3_dppo/__init__.py).
-    from sb3_dppo.rows import read_npz
+    from sb3_dppo.formats import read_ranges
 
     try:
-        arrays = read_npz(path, ("obs_min", "obs_max", "action_min", "action_max"))
+        ranges = read_ranges(path)
     except ValueError as error:
         raise ValueError(f"normalization={str(path)!r}: {error}") from error
-    ranges = {name: array.flatten() for name, array in arrays.items()}
     policy, frame = model.policy, len(ranges["obs_min"])
     width = int(np.prod(model.observation_space.shape))  # type: ignore[arg-type]
-    if width % frame != 0 or len(ranges["action_min"]) != policy.action_dim:
+    if frame == 0 or width % frame != 0 or len(ranges["action_min"]) != policy.action_dim:
         raise ValueError(f"normalization={str(path)!r} is of {frame} observations and {len(ranges['action_min'])} actions.")
     obs_min, obs_max = (np.tile(ranges[name], width // frame) for name in ("obs_min", "obs_max"))
     shape = model.observation_space.shape

@@ -131,6 +131,12 @@ def test_minari(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (dict(actions=np.zeros(12)), "actions must have the shape"),
         (dict(states=np.array([["a"]] * 12)), "states must be numbers"),
         (dict(states=np.array([object()] * 12)), "can't be read as .npz"),
+        (dict(states=np.array(1.0)), "states must have the shape"),
+        (dict(rewards=np.array(["a"] * 12)), "rewards must be numbers"),
+        (dict(terminals=np.array(True)), "terminals must be numbers"),
+        (dict(traj_lengths=np.array([2**63, 2**63 + 12], dtype=np.uint64)), "traj_lengths adds up to"),
+        (dict(meta=np.array('{"env_id": ["Some-v0"]}')), "meta must be a JSON object"),
+        (dict(meta=np.array("[" * 10**5)), "meta must be a JSON object"),
     ],
 )
 def test_errors(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -359,6 +365,43 @@ def test_malformed_robomimic(
         change(file)
     with pytest.raises(ValueError, match=message):
         load_demonstrations(tmp_path / "d.hdf5", **kwargs)
+
+
+def test_robomimic_that_refers_elsewhere_or_is_a_trap(tmp_path: Path) -> None:
+    write_robomimic(tmp_path / "other.hdf5")
+    layout = h5py.VirtualLayout((4, 2), "f4")
+    layout[:] = h5py.VirtualSource(str(tmp_path / "other.hdf5"), "data/demo_0/actions", (4, 2))
+    changes: dict[str, Callable[[h5py.File, str], Any]] = {
+        "link": lambda file, name: file.__setitem__(name, h5py.ExternalLink(str(tmp_path / "other.hdf5"), name)),
+        "external": lambda file, name: file.create_dataset(name, (4, 2), "u1", external=[("/etc/passwd", 0, 8)]),
+        "virtual": lambda file, name: file.create_virtual_dataset(name, layout),
+        "huge": lambda file, name: file.create_dataset(name, (4, 2**40), "f4", chunks=(4, 2**10)),
+    }
+    for kind, change in changes.items():
+        write_robomimic(tmp_path / "d.hdf5")
+        with h5py.File(tmp_path / "d.hdf5", "a") as file:
+            del file["data/demo_0/actions"]
+            change(file, "data/demo_0/actions")
+        with pytest.raises(ValueError, match="more than the file can hold" if kind == "huge" else "refers to another file"):
+            load_demonstrations(tmp_path / "d.hdf5")
+
+
+def test_small_files_that_would_become_large(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "d.hdf5", "w") as file:
+        for name in ("actions", "obs/object"):
+            file.create_dataset(f"data/demo_0/{name}", data=np.zeros((10**6, 1), np.float32), compression=9)
+        for i in range(1, 50):
+            file[f"data/demo_{i}"] = file["data/demo_0"]
+    with pytest.raises(ValueError, match="holds more, up to demo_.*, than its size allows"):
+        load_demonstrations(tmp_path / "d.hdf5")
+
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    frames = lerobot_frames((3,))
+    write_lerobot(tmp_path / "lerobot", frames, [np.arange(3)])
+    same = pa.table({name: pa.array(np.zeros(2**22, np.int8)) for name in frames})
+    pq.write_table(same, next((tmp_path / "lerobot").rglob("*.parquet")))
+    with pytest.raises(ValueError, match="values are more than its size allows"):
+        load_demonstrations(tmp_path / "lerobot")
 
 
 def test_files_that_are_not_robomimic(tmp_path: Path) -> None:

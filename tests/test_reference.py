@@ -1,6 +1,7 @@
 """What can be wrong with a checkpoint of the reference implementation."""
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,18 @@ def test_errors(tmp_path: Path) -> None:
     lacking = weights()
     del lacking["actor_ft.time_embedding.1.weight"]
     load(lacking, "lacks")
+    for shape in ((2**16, 1), (2**16, 2**16)):
+        huge = weights()
+        for name in [name for name in huge if "mlp_mean.layers" in name and huge[name].shape == (64, 64)]:
+            huge[name] = th.zeros(()).expand(shape)
+        load(huge, "none of plain numbers")
+    wide = weights()
+    for name in [name for name in wide if "mlp_mean.layers" in name and wide[name].ndim == 2][:-1]:
+        wide[name] = np.zeros((2**16, 1), dtype=np.float32)
+    load(wide, "does not hold the matrices between its layers")
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(10**6))
+    load(tmp_path / "bomb.pt", "holds more than its size allows")
     (tmp_path / "n.npz").write_text("hello")
     load(weights(), "normalization=.*can't be read", normalization=tmp_path / "n.npz")
     np.savez(tmp_path / "n.npz", obs_min=np.zeros(4), obs_max=np.ones(4), action_min=np.zeros(3), action_max=np.ones(3))
