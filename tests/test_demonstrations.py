@@ -392,7 +392,7 @@ def test_small_files_that_would_become_large(tmp_path: Path) -> None:
             file.create_dataset(f"data/demo_0/{name}", data=np.zeros((10**6, 1), np.float32), compression=9)
         for i in range(1, 50):
             file[f"data/demo_{i}"] = file["data/demo_0"]
-    with pytest.raises(ValueError, match="holds more, up to demo_.*, than its size allows"):
+    with pytest.raises(ValueError, match="holds more, up to data/demo_.*, than its size allows"):
         load_demonstrations(tmp_path / "d.hdf5")
 
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
