@@ -188,10 +188,10 @@ def load_demonstrations(
     if it lies beside a file whose values are all in [-1, 1] and whose ``meta`` does not have ``"units": "env"``, as that of
     :meth:`Demonstrations.save` has.
 
-    :param source: A bundled set ("hopper-medium"), the path of an .npz file, of a robomimic file (.hdf5) or of a LeRobot
-        folder (the one with ``meta`` and ``data`` in it), the id of a local Minari dataset, such a dataset, or a list of
-        trajectories with the fields of `imitation`: ``obs`` (T + 1, ...), ``acts`` (T, ...), optionally ``rews`` (T,) and
-        ``terminal``.
+    :param source: A bundled set ("hopper-medium", "metaworld-pick-place"), the path of an .npz file, of a robomimic file
+        (.hdf5) or of a LeRobot folder (the one with ``meta`` and ``data`` in it), the id of a local Minari dataset, such a
+        dataset, or a list of trajectories with the fields of `imitation`: ``obs`` (T + 1, ...), ``acts`` (T, ...), optionally
+        ``rews`` (T,) and ``terminal``.
     :param normalization: Path of an .npz with ``obs_min``, ``obs_max``, ``action_min`` and ``action_max``, for
         normalised files.
     :param obs_keys: For robomimic and LeRobot: what makes up an observation, side by side in this order, which must be the
