@@ -30,7 +30,7 @@ def success_rate(model: DPPO, env: VecEnv, n_episodes: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--timesteps", type=int, default=100_000)
+    parser.add_argument("--timesteps", type=int, default=150_000)
     parser.add_argument("--n-eval-episodes", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", default="dppo_pick_place.zip")
@@ -49,6 +49,7 @@ def main() -> None:
         # 200 steps are the longest episode: each rollout holds some 40 episodes, and each of them one reward.
         n_steps=200,
         batch_size=2500,
+        lr_decay="cosine",
         gamma=0.99,
         gamma_denoising=0.99,
         gae_lambda=0.95,
