@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from _sb3_dppo_autoload import activate
 from sb3_dppo._version import __version__
 from sb3_dppo.dppo import DPPO
+from sb3_dppo.manipulation import register_manipulation_envs
 from sb3_dppo.policies import (
     DiffusionCnnPolicy,
     DiffusionMlpPolicy,
@@ -50,3 +51,4 @@ __all__ = [
 ]
 
 activate()
+register_manipulation_envs()

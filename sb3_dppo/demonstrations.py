@@ -245,10 +245,10 @@ def load_demonstrations(
     Images are read from the file when they are used. Where that is not possible, in compressed .npz files and in Minari
     datasets, they are unpacked once into a temporary file, in the folder that the environment variable ``TMPDIR`` names.
 
-    :param source: A bundled set ("hopper-medium"), the path of an .npz file, of a robomimic file (.hdf5) or of a LeRobot
-        folder (the one with ``meta`` and ``data`` in it), "minari:" and the id of a local Minari dataset, such a dataset, or a
-        list of trajectories with the fields of `imitation`: ``obs`` (T + 1, ...), an array or a dictionary of them, ``acts``
-        (T, ...), optionally ``rews`` (T,) and ``terminal``.
+    :param source: A bundled set ("hopper-medium", "metaworld-pick-place"), the path of an .npz file, of a robomimic file
+        (.hdf5) or of a LeRobot folder (the one with ``meta`` and ``data`` in it), "minari:" and the id of a local Minari
+        dataset, such a dataset, or a list of trajectories with the fields of `imitation`: ``obs`` (T + 1, ...), an array or a
+        dictionary of them, ``acts`` (T, ...), optionally ``rews`` (T,) and ``terminal``.
     :param normalization: Path of an .npz with ``obs_min``, ``obs_max``, ``action_min`` and ``action_max``, for
         normalised files.
     :param obs_keys: Which of the file's observations make up the env's: a list of vectors, side by side in this order, which

@@ -77,7 +77,7 @@ def test_normalised_files_of_the_reference(tmp_path: Path) -> None:
 
 
 def test_bundled_set() -> None:
-    assert bundled_demonstrations() == ["hopper-medium"]
+    assert bundled_demonstrations() == ["hopper-medium", "metaworld-pick-place"]
     demonstrations = load_demonstrations("hopper-medium")
     assert demonstrations.env_id == "Hopper-v5"
     assert demonstrations.observations.shape == (len(demonstrations), 11)

@@ -41,6 +41,17 @@ def test_fine_tuning_improves_hopper() -> None:
     assert evaluate(model, "Hopper-v5") > 1.4 * before
 
 
+def test_fine_tuning_improves_pick_and_place() -> None:
+    pytest.importorskip("metaworld")
+    env_id = "MetaWorldSparse/pick-place-v3"
+    env, arguments, n_timesteps = packaged("dppo_finetune.yml", env_id)
+    model = DPPO("DiffusionMlpPolicy", env, policy_kwargs=PAPER_POLICY_KWARGS, seed=0, **arguments)
+    BC(model, load_demonstrations("metaworld-pick-place")).train(60, progress_bar=False)
+    before = evaluate(model, env_id)
+    model.learn(n_timesteps)
+    assert evaluate(model, env_id) > max(0.88, before + 0.1)
+
+
 def test_from_scratch_learns_pendulum() -> None:
     env, arguments, n_timesteps = packaged("dppo.yml", "Pendulum-v1")
     model = DPPO("DiffusionMlpPolicy", env, seed=0, **arguments).learn(n_timesteps)
