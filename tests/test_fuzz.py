@@ -20,7 +20,7 @@ from gymnasium import spaces
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from sb3_dppo import DPPO, import_reference_checkpoint, load_demonstrations
+from sb3_dppo import DPPO, Demonstrations, import_reference_checkpoint, load_demonstrations
 from sb3_dppo.sharing import _sha256
 from tests.test_demonstrations import arrays, lerobot_frames, write_lerobot, write_robomimic
 
@@ -228,6 +228,32 @@ class Npz(Target):
         return load_demonstrations(self.folder / "d.npz")
 
 
+def read_images(demonstrations: Demonstrations, key: str) -> None:
+    """Images are read when they are used."""
+    demonstrations.stacked_observations(np.arange(len(demonstrations)), 2, key)
+
+
+class NpzImages(Npz):
+    """Images that are memory-mapped."""
+
+    save: Callable[..., None] = staticmethod(np.savez)
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        written = io.BytesIO()
+        self.save(written, **arrays(images=np.zeros((12, 3, 8, 8), np.uint8)))
+        self.data = written.getvalue()
+
+    def read(self) -> Any:
+        read_images(load_demonstrations(self.folder / "d.npz"), "images")
+
+
+class CompressedImages(NpzImages):
+    """Images that are unpacked into a temporary file."""
+
+    save = staticmethod(np.savez_compressed)
+
+
 class Ranges(Npz):
     """The file of ranges beside normalised demonstrations."""
 
@@ -321,6 +347,24 @@ class Robomimic(Target):
 
     def read(self) -> Any:
         return load_demonstrations(self.folder / "d.hdf5", filter_key="train")
+
+
+class RobomimicImages(Robomimic):
+    """Images that stay in the file."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        write_robomimic(folder / "other.hdf5", (3, 1, 2))
+        with h5py.File(folder / "other.hdf5", "a") as file:
+            for episode in file["data"].values():
+                images = episode["obs/agentview_image"][()]
+                del episode["obs/agentview_image"]
+                episode.create_dataset("obs/agentview_image", data=images, compression="gzip", fletcher32=True)
+        self.data = (folder / "other.hdf5").read_bytes()
+
+    def read(self) -> Any:
+        obs_keys = dict(rgb="agentview_image", state=["object"])
+        read_images(load_demonstrations(self.folder / "d.hdf5", obs_keys=obs_keys), "rgb")
 
 
 class LeRobot(Target):
@@ -427,7 +471,17 @@ def memory_limit(n_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-TARGETS = dict(from_pretrained=Sharing, npz=Npz, ranges=Ranges, robomimic=Robomimic, lerobot=LeRobot, reference=Reference)
+TARGETS: dict[str, type[Target]] = dict(
+    from_pretrained=Sharing,
+    npz=Npz,
+    npz_images=NpzImages,
+    compressed_images=CompressedImages,
+    ranges=Ranges,
+    robomimic=Robomimic,
+    robomimic_images=RobomimicImages,
+    lerobot=LeRobot,
+    reference=Reference,
+)
 
 
 def fuzz(target: Target, n_files: int, derandomize: bool) -> None:

@@ -189,7 +189,8 @@ gymnasium.register("Pixels-v0", PixelPendulum, max_episode_steps=8)
 gymnasium.register("Dict-v0", VectorDictEnv)
 for argument in sys.argv[1:]:
     path, env_id = argument.split(":")
-    options = ["--algo", "dppo", "--env", env_id, "--conf-file", path, "--eval-freq", "-1", "-f", path + ".logs"]
+    options = ["--algo", "dppo", "--env", env_id, "--conf-file", path, "--eval-freq", "-1"]
+    options += ["--num-threads", "1", "-f", path + ".logs"]
     sys.argv = ["train", *options]
     rl_zoo3.train.train()
     model = DPPO.load(f"{path}.logs/dppo/{env_id}_1/{env_id}.zip")
