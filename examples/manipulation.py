@@ -46,7 +46,7 @@ def main() -> None:
         ft_denoising_steps=10,
         min_sampling_std=0.1,
         min_logprob_std=0.1,
-        # 200 steps are the longest episode: each rollout holds some 40 episodes, and each of them one reward.
+        # A rollout holds some 40 episodes, each with one reward at most.
         n_steps=200,
         batch_size=2500,
         lr_decay="cosine",
