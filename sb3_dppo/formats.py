@@ -535,12 +535,19 @@ def _read_parquet(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
                 missing = [name for name in names if name not in file.schema_arrow.names]
                 if missing:
                     raise ValueError(f"it lacks {missing}; its columns are {file.schema_arrow.names}")
-                groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-                n_values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
-                if 8 * n_values > MAX_COMPRESSION * path.stat().st_size:
-                    raise ValueError(f"its {n_values} values are more than its size allows")
+                limit = MAX_COMPRESSION * path.stat().st_size
+                if 8 * file.metadata.num_rows > limit:
+                    raise ValueError(f"its {file.metadata.num_rows} rows are more than its size allows")
+                batches, n_bytes = [], 0
                 # Columns whose names begin with these and a dot come along.
-                table = file.read(columns=names)
+                for batch in file.iter_batches(columns=names):
+                    batches.append(batch)
+                    n_bytes += batch.nbytes
+                    if n_bytes > limit:
+                        raise ValueError("its values are more than its size allows")
+                if not batches:
+                    continue
+                table = pa.Table.from_batches(batches)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ValueError(f"{path} can't be read as LeRobot's data ({error}).") from error
         for name in names:

@@ -24,6 +24,7 @@ class EpisodeRows:
 
     :param episodes: Arrays, memory-mapped ones or HDF5 datasets, shape (T, *shape), of one dtype.
     :param index: Which of the rows, ``None`` for all.
+    :raises ValueError: when rows are asked for that can't be read.
     """
 
     def __init__(self, episodes: Sequence[Any], index: np.ndarray | None = None) -> None:
@@ -48,7 +49,10 @@ class EpisodeRows:
             # HDF5 wants rows in ascending order, each once, and is much faster with a slice.
             inside, inverse = np.unique(rows[where] - (self._ends[i] - len(episode)), return_inverse=True)
             is_range = inside[-1] - inside[0] + 1 == len(inside)
-            values[where] = episode[slice(inside[0], inside[-1] + 1) if is_range else inside][inverse]
+            try:
+                values[where] = episode[slice(inside[0], inside[-1] + 1) if is_range else inside][inverse]
+            except (OSError, RuntimeError) as error:
+                raise ValueError(f"images can't be read from their file, which is damaged ({error}).") from error
         return values if np.ndim(index) > 0 else values[0]
 
 

@@ -228,9 +228,10 @@ class Npz(Target):
         return load_demonstrations(self.folder / "d.npz")
 
 
-def read_images(demonstrations: Demonstrations, key: str) -> None:
+def read_images(demonstrations: Demonstrations) -> None:
     """Images are read when they are used."""
-    demonstrations.stacked_observations(np.arange(len(demonstrations)), 2, key)
+    for key in demonstrations.parts:
+        demonstrations.stacked_observations(np.arange(len(demonstrations)), 2, key)
 
 
 class NpzImages(Npz):
@@ -245,7 +246,7 @@ class NpzImages(Npz):
         self.data = written.getvalue()
 
     def read(self) -> Any:
-        read_images(load_demonstrations(self.folder / "d.npz"), "images")
+        read_images(load_demonstrations(self.folder / "d.npz"))
 
 
 class CompressedImages(NpzImages):
@@ -310,6 +311,8 @@ class Robomimic(Target):
         data = self.data
         if edits[0] == "bytes":
             data = edit_bytes(data, edits[1])
+        # A new file, and not the one that may still be open.
+        (self.folder / "d.hdf5").unlink(missing_ok=True)
         (self.folder / "d.hdf5").write_bytes(data)
         if edits[0] == "nodes":
             with h5py.File(self.folder / "d.hdf5", "a") as file:
@@ -364,7 +367,7 @@ class RobomimicImages(Robomimic):
 
     def read(self) -> Any:
         obs_keys = dict(rgb="agentview_image", state=["object"])
-        read_images(load_demonstrations(self.folder / "d.hdf5", obs_keys=obs_keys), "rgb")
+        read_images(load_demonstrations(self.folder / "d.hdf5", obs_keys=obs_keys))
 
 
 class LeRobot(Target):
