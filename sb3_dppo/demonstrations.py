@@ -8,7 +8,7 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from sb3_dppo.formats import (
     BUNDLED,
     Recorder,
+    check_new_minari_id,
     from_lerobot,
     from_minari,
     from_minari_id,
@@ -28,6 +29,7 @@ from sb3_dppo.formats import (
     from_robomimic,
     from_trajectories,
     selection_of,
+    write_minari,
 )
 from sb3_dppo.observations import batch_size_of, part_name, parts_of_space, take
 from sb3_dppo.rows import Rows, is_image, rows_at_once, write_npz
@@ -145,13 +147,21 @@ class Demonstrations:
 
     def save(self, path: str | Path) -> None:
         """
-        Write an .npz file that :func:`load_demonstrations` reads. Images are not compressed, so that they can be read row by
-        row.
+        Write an .npz file that :func:`load_demonstrations` reads, or a local Minari dataset. In .npz, images are not
+        compressed, so that they can be read row by row. Minari also wants the observation after an episode's last action,
+        which is not known here: the last one is repeated. Unknown rewards are 0 there, and unknown ends truncations.
 
-        :param path: Where; folders that don't exist are made.
-        :raises ValueError: for a name that doesn't end in .npz.
+        :param path: Where; folders that don't exist are made. Or "minari:" and the id of a new dataset.
+        :raises ValueError: for another name, or a dataset that exists.
+        :raises ImportError: if Minari is needed and not installed.
         """
-        path = _npz_path(path)
+        _check_output(path)
+        if str(path).startswith("minari:"):
+            parts: dict[str, spaces.Space] = {key: _space_of(rows) for key, rows in self.parts.items()}
+            space = parts[""] if "" in parts else spaces.Dict(parts)
+            write_minari(str(path), self._minari_episodes(), self.env_id, space, self.actions.shape[1])
+            return
+        path = Path(path)
         # "units" tells them from normalised files, whose values look alike.
         meta = dict(units="env") if self.env_id is None else dict(units="env", env_id=self.env_id)
         if isinstance(self.observations, dict):
@@ -163,6 +173,24 @@ class Demonstrations:
             if getattr(self, name) is not None:
                 arrays[name] = getattr(self, name)
         write_npz(path, arrays)
+
+    def _minari_episodes(self) -> Iterator[dict[str, Any]]:
+        """
+        :return: Fields of Minari's ``EpisodeBuffer``, of one episode after the other.
+        """
+        for start, length in zip(self.starts, self.traj_lengths, strict=True):
+            rows = slice(start, start + length)
+            truncations = np.zeros(length, dtype=bool) if self.truncations is None else self.truncations[rows].astype(bool)
+            terminations = np.zeros(length, dtype=bool) if self.terminals is None else self.terminals[rows].astype(bool)
+            # An episode has an end in Minari.
+            truncations[-1] |= not terminations[-1]
+            yield dict(
+                observations=take(self.observations, np.minimum(np.arange(start, start + length + 1), start + length - 1)),
+                actions=self.actions[rows],
+                rewards=np.zeros(length) if self.rewards is None else self.rewards[rows],
+                terminations=terminations,
+                truncations=truncations,
+            )
 
     def chunks(self, horizon: int) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -497,10 +525,26 @@ def describe(demonstrations: Demonstrations) -> str:
     return "\n".join(lines)
 
 
-def _npz_path(path: str | Path) -> Path:
-    if Path(path).suffix != ".npz":
-        raise ValueError(f"path={str(path)!r} must end in .npz, the format that is written.")
-    return Path(path)
+def _check_output(path: str | Path) -> None:
+    """
+    :param path: Where to write demonstrations.
+    :raises ValueError: if that can't be.
+    :raises ImportError: if Minari is needed and not installed.
+    """
+    if str(path).startswith("minari:"):
+        check_new_minari_id(str(path))
+    elif Path(path).suffix != ".npz":
+        raise ValueError(f"path={str(path)!r} must end in .npz, or be 'minari:' and the id of a dataset.")
+
+
+def _space_of(rows: Rows) -> spaces.Box:
+    """
+    :param rows: Observations, shape (N, ...).
+    :return: A space that holds them.
+    """
+    if is_image(rows):
+        return spaces.Box(0, 255, rows.shape[1:], np.uint8)
+    return spaces.Box(-np.inf, np.inf, rows.shape[1:], np.float32)
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
@@ -543,7 +587,7 @@ def _parser() -> argparse.ArgumentParser:
     add_source_options(source)
     commands.add_parser("inspect", parents=[source], help="print numbers, lengths, returns and ranges")
     convert = commands.add_parser("convert", parents=[source], help="write an .npz file")
-    convert.add_argument("output", help=".npz file to write")
+    convert.add_argument("output", help=".npz file to write, or minari:ID")
     convert.add_argument("--max-episodes", type=int, help="keep the first ones only")
     collect = commands.add_parser("collect", help="record episodes of a policy")
     collect.add_argument("--env", required=True, help="Gymnasium id of the environment")
@@ -556,7 +600,7 @@ def _parser() -> argparse.ArgumentParser:
     collect.add_argument("--device", default="auto", help="device of the model")
     collect.add_argument("--n-episodes", type=int, required=True)
     collect.add_argument("--seed", type=int, help="of the first episode; those after count up")
-    collect.add_argument("-o", "--output", required=True, help=".npz file to write")
+    collect.add_argument("-o", "--output", required=True, help=".npz file to write, or minari:ID")
     return parser
 
 
@@ -588,7 +632,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.command != "inspect":
-            _npz_path(args.output)  # before the work, not after
+            _check_output(args.output)  # before the work, not after
         if args.command == "collect":
             env, predict = _env_and_policy(args)
         else:

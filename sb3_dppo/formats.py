@@ -5,12 +5,14 @@ Vectors are read, images stay on disk.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
+from gymnasium import spaces
 from tqdm import tqdm
 
 from sb3_dppo.observations import part_name
@@ -257,6 +259,63 @@ def _minari_parts(episode: Any) -> dict[str, np.ndarray]:
                 "observations are one, or a Dict of them."
             )
     return parts
+
+
+def write_minari(
+    dataset_id: str, episodes: Iterable[dict[str, Any]], env_id: str | None, observation_space: spaces.Space, n_actions: int
+) -> None:
+    """
+    Write a local Minari dataset, one episode at a time.
+
+    :param dataset_id: "minari:" and the id of a dataset that does not exist yet.
+    :param episodes: Fields of Minari's ``EpisodeBuffer``.
+    :param env_id: Id of the env that they come from, or ``None``.
+    :param observation_space: Space of the observations.
+    :param n_actions: Da, size of an action.
+    :raises ValueError: if the id is none or taken.
+    :raises ImportError: if Minari is not installed.
+    """
+    name = check_new_minari_id(dataset_id)
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    dataset: Any = None
+    for episode in tqdm(episodes, desc="write", unit="episode", delay=1):
+        buffer = [EpisodeBuffer(infos={}, **episode)]
+        if dataset is not None:
+            dataset.update_dataset_from_buffer(buffer)
+            continue
+        dataset = minari.create_dataset_from_buffers(
+            name,
+            buffer,
+            env=env_id if env_id in gym.registry else None,
+            observation_space=observation_space,
+            action_space=spaces.Box(-np.inf, np.inf, (n_actions,)),
+            data_format="hdf5",
+            jpeg_encoding=False,
+        )
+
+
+def check_new_minari_id(dataset_id: str) -> str:
+    """
+    :param dataset_id: "minari:" and the id of a dataset.
+    :return: The id.
+    :raises ValueError: if Minari does not take it, or if such a dataset exists.
+    :raises ImportError: if Minari is not installed.
+    """
+    try:
+        import minari
+        from minari.dataset.minari_dataset import parse_dataset_id
+    except ImportError as error:
+        raise ImportError(f"{dataset_id!r} is a Minari dataset, which need `pip install sb3-dppo[minari]`.") from error
+    name = dataset_id.removeprefix("minari:")
+    try:
+        parse_dataset_id(name)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{dataset_id!r} names no Minari dataset, as 'minari:hopper/mine-v0' does ({error}).") from error
+    if name in minari.list_local_datasets():
+        raise ValueError(f"{dataset_id!r} exists: choose another id, or delete it with `minari delete {name}`.")
+    return name
 
 
 def from_trajectories(trajectories: Sequence[Any], selection: Selection | None) -> dict[str, Any]:
@@ -522,7 +581,6 @@ def _read_parquet(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
     try:
         import pyarrow as pa
         import pyarrow.compute as pc
-        import pyarrow.parquet as pq
     except ImportError as error:
         raise ImportError(f"{folder} is a LeRobot folder, which needs pyarrow: pip install 'sb3-dppo[lerobot]'.") from error
     paths = sorted((folder / "data").glob("*/*.parquet"))
@@ -530,27 +588,8 @@ def _read_parquet(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
         raise ValueError(f"{folder}/data holds no chunk-000/file-000.parquet: the data was not downloaded.")
     columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for path in paths:
-        try:
-            with pq.ParquetFile(path) as file:
-                missing = [name for name in names if name not in file.schema_arrow.names]
-                if missing:
-                    raise ValueError(f"it lacks {missing}; its columns are {file.schema_arrow.names}")
-                limit = MAX_COMPRESSION * path.stat().st_size
-                if 8 * file.metadata.num_rows > limit:
-                    raise ValueError(f"its {file.metadata.num_rows} rows are more than its size allows")
-                batches, n_bytes = [], 0
-                # Columns whose names begin with these and a dot come along.
-                for batch in file.iter_batches(columns=names):
-                    batches.append(batch)
-                    n_bytes += batch.nbytes
-                    if n_bytes > limit:
-                        raise ValueError("its values are more than its size allows")
-                if not batches:
-                    continue
-                table = pa.Table.from_batches(batches)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise ValueError(f"{path} can't be read as LeRobot's data ({error}).") from error
-        for name in names:
+        table = _read_table(path, names)
+        for name in names if len(table) > 0 else ():
             column = table.column(name)
             is_list = hasattr(column.type, "value_type")
             value_type = column.type.value_type if is_list else column.type
@@ -561,8 +600,6 @@ def _read_parquet(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
             parts = [chunk.flatten() if is_list else chunk for chunk in column.chunks]
             if any(part.null_count > 0 for part in parts):
                 raise ValueError(f"{path}: {name} has missing values: remove their episodes.")
-            if len(column) == 0:
-                continue
             values = np.concatenate([part.to_numpy(zero_copy_only=False) for part in parts]).reshape(len(column), -1)
             if columns[name] and values.shape[1] != columns[name][0].shape[1]:
                 raise ValueError(
@@ -572,3 +609,34 @@ def _read_parquet(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
     if not columns["action"]:
         raise ValueError(f"{folder}/data holds no frames.")
     return {name: np.concatenate(values) for name, values in columns.items()}
+
+
+def _read_table(path: Path, names: list[str]) -> Any:
+    """
+    :param path: Path of a Parquet file.
+    :param names: Columns to read.
+    :return: A table of PyArrow.
+    :raises ValueError: if it can't be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    limit = MAX_COMPRESSION * path.stat().st_size
+    try:
+        with pq.ParquetFile(path) as file:
+            missing = [name for name in names if name not in file.schema_arrow.names]
+            if missing:
+                raise ValueError(f"it lacks {missing}; its columns are {file.schema_arrow.names}")
+            # Columns of lists may hold more, which the sum below finds.
+            if 8 * file.metadata.num_rows * file.metadata.num_columns > limit:
+                raise ValueError(f"its {file.metadata.num_rows} rows of values are more than its size allows")
+            batches, n_bytes = [], 0
+            # Columns whose names begin with these and a dot come along.
+            for batch in file.iter_batches(columns=names):
+                batches.append(batch)
+                n_bytes += batch.nbytes
+                if n_bytes > limit:
+                    raise ValueError("its values are more than its size allows")
+            return pa.Table.from_batches(batches, None if batches else file.schema_arrow)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"{path} can't be read as LeRobot's data ({error}).") from error

@@ -281,7 +281,8 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
             layer_norm=arguments["critic_layer_norm"],
         )
         # η's logits: its last bias is that of each action dimension, and the weights before it are those of the observation.
-        self.eta_network = make_mlp(self.features_dim, self.action_dim, [ETA_WIDTH], nn.Mish)
+        with th.random.fork_rng(devices=[]):  # What other networks and rollouts draw does not depend on it.
+            self.eta_network = make_mlp(self.features_dim, self.action_dim, [ETA_WIDTH], nn.Mish)
         low, high = self.eta_range
         fraction = min(max((self.eta - low) / (high - low), 0.01), 0.99)
         output: Any = self.eta_network[-1]

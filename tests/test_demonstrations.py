@@ -115,6 +115,36 @@ def test_minari(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert demonstrations.returns[1] == pytest.approx(np.sum(buffers[1].rewards))
 
 
+@pytest.mark.parametrize("kind", ["vectors", "images", "dict"])
+def test_written_to_minari(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    rng = np.random.default_rng(0)
+    vectors, images = rng.normal(size=(7, 3)).astype(np.float32), rng.integers(0, 256, (7, 3, 8, 8), dtype=np.uint8)
+    observations = dict(vectors=vectors, images=images, dict=dict(rgb=images, state=vectors))[kind]
+    demonstrations = Demonstrations(
+        observations,  # type: ignore[arg-type]
+        rng.uniform(-1, 1, (7, 2)).astype(np.float32),
+        np.array([3, 4]),
+        rewards=np.arange(7.0),
+        terminals=np.arange(7) == 2,
+        env_id="Pendulum-v1",
+    )
+    demonstrations.save("minari:mine/some-v0")
+    read = load_demonstrations("minari:mine/some-v0")
+    assert read.parts.keys() == demonstrations.parts.keys()
+    for key, rows in demonstrations.parts.items():
+        np.testing.assert_array_equal(read.stacked_observations(np.arange(7), 1, key), rows)
+    for name in ("actions", "traj_lengths", "rewards", "terminals"):
+        np.testing.assert_array_equal(getattr(read, name), getattr(demonstrations, name))
+    np.testing.assert_array_equal(read.truncations, np.arange(7) == 6)  # type: ignore[arg-type]
+    assert read.env_id == "Pendulum-v1"
+    with pytest.raises(ValueError, match="'minari:mine/some-v0' exists"):
+        demonstrations.save("minari:mine/some-v0")
+    with pytest.raises(ValueError, match="'minari:some' names no Minari dataset"):
+        demonstrations.save("minari:some")
+
+
 @pytest.mark.parametrize(
     "changes,message",
     [
