@@ -868,44 +868,48 @@ class DiffusionMultiInputPolicy(DiffusionMlpPolicy):
         super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)  # type: ignore[misc]
 
 
-class DiffusionUnetPolicy(DiffusionActorCriticPolicy):
-    __doc__ = DiffusionActorCriticPolicy.__doc__
+class _SequencePolicy(DiffusionActorCriticPolicy):
+    """
+    A policy whose denoiser works along the chunk, where a chunk of one action would leave it nothing to do.
+    """
 
     def __init__(self, *args: Any, horizon: int = 4, **kwargs: Any) -> None:
-        # A UNet has nothing to do on a chunk of one action.
         super().__init__(*args, horizon=horizon, **kwargs)  # type: ignore[misc]
+
+    def _widths(self) -> Sequence[int]:
+        """
+        :return: Those of the denoiser.
+        :raises ValueError: for settings that it does not have.
+        """
+        for name in ("layer_norm", "obs_encoder_arch", "film"):
+            if self._constructor_parameters[name]:
+                raise ValueError(
+                    f"{name}={self._constructor_parameters[name]} is a setting of DiffusionMlpPolicy: {type(self).__name__}'s "
+                    "denoiser has its own."
+                )
+        return self.net_arch["pi"]  # type: ignore[call-overload]
+
+
+class DiffusionUnetPolicy(_SequencePolicy):
+    __doc__ = DiffusionActorCriticPolicy.__doc__
 
     @staticmethod
     def _default_net_arch() -> dict[str, list[int]]:
         return dict(pi=[64, 128], vf=[256, 256, 256])
 
     def _make_denoiser(self) -> Denoiser:
-        arguments = self._constructor_parameters
-        for name in ("layer_norm", "obs_encoder_arch", "film"):
-            if arguments[name]:
-                raise ValueError(f"{name}={arguments[name]} is a setting of DiffusionMlpPolicy: the UNet has its own.")
-        levels: Sequence[int] = self.net_arch["pi"]  # type: ignore[call-overload]
-        return UnetDenoiser(self.action_dim, self.horizon, self.features_dim, levels, activation_fn=self.activation_fn)
+        return UnetDenoiser(self.action_dim, self.horizon, self.features_dim, self._widths(), activation_fn=self.activation_fn)
 
 
-class DiffusionTransformerPolicy(DiffusionActorCriticPolicy):
+class DiffusionTransformerPolicy(_SequencePolicy):
     __doc__ = DiffusionActorCriticPolicy.__doc__
-
-    def __init__(self, *args: Any, horizon: int = 4, **kwargs: Any) -> None:
-        # Attention has nothing to do on a chunk of one action.
-        super().__init__(*args, horizon=horizon, **kwargs)  # type: ignore[misc]
 
     @staticmethod
     def _default_net_arch() -> dict[str, list[int]]:
         return dict(pi=[128, 128], vf=[256, 256, 256])
 
     def _make_denoiser(self) -> Denoiser:
-        arguments = self._constructor_parameters
-        for name in ("layer_norm", "obs_encoder_arch", "film"):
-            if arguments[name]:
-                raise ValueError(f"{name}={arguments[name]} is a setting of DiffusionMlpPolicy: the transformer has its own.")
-        layers: Sequence[int] = self.net_arch["pi"]  # type: ignore[call-overload]
-        return TransformerDenoiser(self.action_dim, self.horizon, self.features_dim, self.denoising_steps, layers)
+        return TransformerDenoiser(self.action_dim, self.horizon, self.features_dim, self.denoising_steps, self._widths())
 
 
 def check_eta(eta: float, learn_eta: str | None, eta_range: tuple[float, float], is_ddim: bool) -> None:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule, check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, VecTransposeImage, unwrap_vec_normalize
@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from sb3_dppo._version import __version__
 from sb3_dppo.dppo import DPPO, SAMPLER_ARGUMENTS
-from sb3_dppo.extractors import VitExtractor
+from sb3_dppo.extractors import EXTRACTORS
 from sb3_dppo.policies import DiffusionActorCriticPolicy
 
 SelfDPPO = TypeVar("SelfDPPO", bound=DPPO)
@@ -60,7 +60,7 @@ CLASSES: dict[type, dict[str, type]] = {
             *("ReLU", "ReLU6", "SELU", "Sigmoid", "SiLU", "Softplus", "Softsign", "Tanh", "Tanhshrink"),
         )
     },
-    BaseFeaturesExtractor: {cls.__name__: cls for cls in (CombinedExtractor, FlattenExtractor, NatureCNN, VitExtractor)},
+    BaseFeaturesExtractor: EXTRACTORS,
     th.optim.Optimizer: {
         name: getattr(th.optim, name)
         for name in (

@@ -470,7 +470,7 @@ KWARGS, ARGUMENTS, OBS = "policy_kwargs", "arguments", "observation_space"
         (_set(KWARGS, "denoising_steps", to=16000), "denoising_steps must be 1 to 1000"),
         (_set(KWARGS, "time_dim", to=16384), "does not fit|can be made"),
         (lambda config: config[KWARGS].pop("horizon"), r"lacks policy_kwargs\['horizon'\]"),
-        (_set(ARGUMENTS, "tensorboard_log", to="/root/.ssh"), r"arguments has \['tensorboard_log'\]"),
+        (_set(ARGUMENTS, "tensorboard_log", to="../../.ssh"), r"arguments has \['tensorboard_log'\]"),
         (_set(ARGUMENTS, "pretrained", to="../stranger.zip"), r"arguments has \['pretrained'\]"),
         (_set(ARGUMENTS, "env", to="evil_module:Env-v0"), r"arguments has \['env'\]"),
         (_set(ARGUMENTS, "learning_rate", to="lambda: 0"), r"arguments\['learning_rate'\]|learning_rate='lambda"),
