@@ -14,7 +14,7 @@ import sys
 import types
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -52,7 +52,7 @@ MAX_ROLLOUT_BYTES = 2**29  # per env
 MAX_INTEGER = 2**63
 
 # What a configuration may name. A class of a user's own can't be shared without its code.
-CLASSES: dict[type, dict[str, type]] = {
+CLASSES: dict[type, Mapping[str, type]] = {
     nn.Module: {
         name: getattr(nn, name)
         for name in (

@@ -178,9 +178,11 @@ def test_dict_observations_can_be_normalised() -> None:
 def test_a_dict_policy_learns() -> None:
     model = make_model("DiffusionMultiInputPolicy", DummyVecEnv([VectorDictEnv] * 4), n_steps=32, batch_size=64, n_epochs=5)
     env = DummyVecEnv([VectorDictEnv])
-    before, _ = evaluate_policy(model, env, n_eval_episodes=40)
-    model.learn(4000)
-    after, _ = evaluate_policy(model, env, n_eval_episodes=40)
+    env.seed(0)
+    before, _ = evaluate_policy(model, env, n_eval_episodes=100)
+    model.learn(8000)
+    env.seed(0)
+    after, _ = evaluate_policy(model, env, n_eval_episodes=100)
     assert after > 0.6 * before, (before, after)  # Returns are negative.
 
 
