@@ -593,3 +593,24 @@ def test_statistics_that_are_none(value: float, tmp_path: Path) -> None:
     change_weights(tmp_path / "model", _set("vec_normalize.obs_rms.var", to=th.full((3,), value, dtype=th.double)))
     with pytest.raises(ValueError, match="not the mean, variance and count"):
         DPPO.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        dict(scheduler="ddim", inference_steps=2, learn_eta="state", eta_range=(0.2, 0.9)),
+        dict(scheduler="EulerDiscreteScheduler"),
+        dict(scheduler={"_class_name": "LCMScheduler", "original_inference_steps": 4}, inference_steps=2),
+    ],
+)
+def test_samplers(sampler: dict[str, Any], tmp_path: Path) -> None:
+    policy_kwargs = dict(denoising_steps=4, film=True, net_arch=dict(pi=[16] * 3, vf=[16]))
+    model = DPPO("DiffusionMlpPolicy", "Pendulum-v1", n_steps=32, batch_size=32, policy_kwargs=policy_kwargs, **sampler)
+    model.learn(64).save_pretrained(tmp_path / "shared")
+    loaded = DPPO.from_pretrained(tmp_path / "shared", env="Pendulum-v1")
+    obs = th.randn(3, 3)
+    noise = model.policy.draw_noise(3)
+    for left, right in zip(*(m.policy.sample_chain(obs, noise=noise) for m in (model, loaded)), strict=True):
+        assert th.equal(left, right)
+    assert loaded.scheduler == model.scheduler and loaded.learn_eta == model.learn_eta
+    loaded.learn(32)
