@@ -22,6 +22,7 @@ from tqdm.rich import tqdm
 
 from sb3_dppo.demonstrations import SOURCES, Demonstrations, add_source_options, load_from_options, stacking_axis
 from sb3_dppo.dppo import DPPO
+from sb3_dppo.extractors import EXTRACTORS
 from sb3_dppo.observations import part_name, parts_of_space, vector_keys
 from sb3_dppo.policies import PAPER_POLICY_KWARGS
 from sb3_dppo.rows import Rows, is_image
@@ -384,7 +385,7 @@ def _parse(items: list[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             parsed[key] = getattr(th.nn, value) if key.endswith("activation_fn") else value
             if key == "features_extractor_class":
-                parsed[key] = locate(value)
+                parsed[key] = EXTRACTORS.get(value) or locate(value)
                 if parsed[key] is None:
                     raise ValueError(
                         f"{key}={value!r} is not the full name of a class, such as sb3_dppo.extractors.VitExtractor."

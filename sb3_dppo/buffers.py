@@ -11,7 +11,7 @@ from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import PyTorchObs, TensorDict
 
-from sb3_dppo.observations import parts_of, take
+from sb3_dppo.observations import parts_of, parts_of_space, take
 
 # Range of elementwise log-densities that enter a probability ratio (the reference implementation's).
 LOG_PROB_RANGE = (-5.0, 2.0)
@@ -190,10 +190,9 @@ class DenoisingRolloutBuffer(BaseBuffer):
                 tensor[: self.pos] = getattr(self, name)[: self.pos]
             setattr(self, name, tensor)
         space = self.observation_space
-        parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
         shapes = self.obs_shape if isinstance(self.obs_shape, dict) else {"": self.obs_shape}
         observations = {}
-        for key, part in parts.items():
+        for key, part in parts_of_space(space).items():
             # Observations keep their type, except that nothing needs float64.
             dtype = th.as_tensor(np.zeros((), dtype=part.dtype)).dtype
             observations[key] = th.zeros((capacity, *shapes[key]), dtype=th.float if dtype == th.double else dtype).to(

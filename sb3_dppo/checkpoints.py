@@ -1,15 +1,10 @@
-"""What training needs beyond parameters to go on exactly where a file was saved, and files that are never half written."""
+"""What training needs beyond parameters to go on exactly where a file was saved."""
 
-import contextlib
-import os
 import random
-import secrets
 from collections import deque
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
@@ -158,41 +153,3 @@ def set_generator_states(model: "DPPO", states: dict[str, Any]) -> None:
         model.policy.generator.set_state(states["policy"])
         if model.device.type == "cuda":
             th.cuda.set_rng_state(states["cuda"], model.device)
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """
-    Write a file under another name in the same folder, and rename it when it is complete and on the disk: whatever happens,
-    the path holds the new file or what was there before.
-
-    :param path: Path of the file. Folders are created.
-    :return: A context with the open file.
-    :raises OSError: if it can't be written, for instance because the disk is full.
-    """
-    # A link stays one.
-    path = Path(path).resolve()
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        reason = f"{error.strerror or error}: it was not saved, and what was there before is unchanged"
-        raise OSError(error.errno, reason, str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    # So that the new name, too, survives a loss of power.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -216,14 +216,14 @@ class MlpDenoiser(Denoiser):
         self.mlp = make_mlp(
             sum(self.input_sizes), chunk_dim, net_arch, activation_fn, residual=residual, layer_norm=layer_norm
         )
-        # Runs of layers between which the hidden layers are modulated.
-        self._runs: list[list[nn.Module]] = [[]]
-        for layer in self.mlp:
-            if film and not isinstance(layer, (nn.Linear, nn.LayerNorm)):
-                self._runs.append([])
-            self._runs[-1].append(layer)
         self.film = None
         if film:
+            # Runs of layers between which the hidden layers are modulated.
+            self._runs: list[list[nn.Module]] = [[]]
+            for layer in self.mlp:
+                if not isinstance(layer, (nn.Linear, nn.LayerNorm)):
+                    self._runs.append([])
+                self._runs[-1].append(layer)
             if len(self._runs) == 1:
                 raise ValueError(
                     f"net_arch={list(net_arch)} has no residual block that film=True could modulate: use three layers or "

@@ -39,9 +39,10 @@ from sb3_dppo.buffers import (
     mean_log_prob,
     mean_over_executed,
 )
-from sb3_dppo.checkpoints import RunState, atomic_write
+from sb3_dppo.checkpoints import RunState
 from sb3_dppo.denoising import gaussian_log_prob
 from sb3_dppo.faults import ON_BAD_ENV, EnvGuard, check_finite, interruptible
+from sb3_dppo.files import atomic_write
 from sb3_dppo.observations import check_observation_space, stack, take
 from sb3_dppo.policies import (
     DiffusionActorCriticPolicy,

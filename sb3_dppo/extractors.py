@@ -7,6 +7,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_dppo.observations import parts_of_space
+
 
 class VitExtractor(BaseFeaturesExtractor):
     """
@@ -38,7 +40,7 @@ class VitExtractor(BaseFeaturesExtractor):
         random_shift: int = 0,
         normalized_image: bool = False,
     ) -> None:
-        parts = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+        parts = parts_of_space(observation_space)
         images = {
             key: space
             for key, space in parts.items()

@@ -1,7 +1,6 @@
 """Arrays on disk: images of demonstrations, of which only the rows that are asked for are read."""
 
 import math
-import os
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,8 @@ from typing import IO, Any
 
 import numpy as np
 from tqdm import tqdm
+
+from sb3_dppo.files import atomic_write
 
 # What is read or written at once, in bytes.
 PIECE = 2**22
@@ -214,18 +215,12 @@ def write_npz(path: Path, arrays: dict[str, Rows]) -> None:
     :param path: Where; folders that don't exist are made.
     :param arrays: The arrays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        with zipfile.ZipFile(part, "w") as archive:
-            for name, rows in arrays.items():
-                info = zipfile.ZipInfo(name + ".npy")
-                info.compress_type = zipfile.ZIP_STORED if is_image(rows) else zipfile.ZIP_DEFLATED
-                with archive.open(info, "w", force_zip64=True) as member:
-                    _write_array(member, rows)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, rows in arrays.items():
+            info = zipfile.ZipInfo(name + ".npy")
+            info.compress_type = zipfile.ZIP_STORED if is_image(rows) else zipfile.ZIP_DEFLATED
+            with archive.open(info, "w", force_zip64=True) as member:
+                _write_array(member, rows)
 
 
 def _write_array(member: IO[bytes], rows: Rows) -> None:

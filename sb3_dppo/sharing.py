@@ -36,6 +36,7 @@ from torch.overrides import TorchFunctionMode
 from sb3_dppo._version import __version__
 from sb3_dppo.dppo import DPPO, SAMPLER_ARGUMENTS
 from sb3_dppo.extractors import EXTRACTORS
+from sb3_dppo.observations import parts_of_space
 from sb3_dppo.policies import DiffusionActorCriticPolicy
 
 SelfDPPO = TypeVar("SelfDPPO", bound=DPPO)
@@ -543,7 +544,7 @@ def _with_statistics(env: VecEnv, settings: dict[str, Any], tensors: dict[str, t
     keys = settings["norm_obs_keys"]
     found = {"": statistics("obs_rms")} if keys is None else {key: statistics(f"obs_rms.{key}") for key in keys}
     space = vec_normalize.observation_space
-    parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+    parts = parts_of_space(space)
     for key, rms in found.items():
         if key not in parts or parts[key].shape != rms.mean.shape:
             raise ValueError(
