@@ -29,8 +29,8 @@ from torch import nn
 from tqdm import tqdm
 
 from sb3_dppo import DPPO
-from sb3_dppo.envpool_vec_env import EnvPoolVecEnv
-from sb3_dppo.extractors import VitExtractor
+from sb3_dppo.envs.envpool import EnvPoolVecEnv
+from sb3_dppo.features.extractors import VitExtractor
 from sb3_dppo.policies import PAPER_POLICY_KWARGS
 
 OBS_DIM, ACTION_DIM, HORIZON = 11, 3, 4

@@ -16,7 +16,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecFrameStack, VecTransposeImage
 
 from sb3_dppo import DPPO
-from sb3_dppo.extractors import VitExtractor
+from sb3_dppo.features.extractors import VitExtractor
 
 SIZE = 64
 

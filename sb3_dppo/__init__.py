@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from _sb3_dppo_autoload import activate
 from sb3_dppo._version import __version__
 from sb3_dppo.dppo import DPPO
-from sb3_dppo.manipulation import register_manipulation_envs
+from sb3_dppo.envs.metaworld import register_manipulation_envs
+from sb3_dppo.importers.reference import import_reference_checkpoint
 from sb3_dppo.policies import (
     DiffusionCnnPolicy,
     DiffusionMlpPolicy,
@@ -14,7 +15,6 @@ from sb3_dppo.policies import (
     DiffusionTransformerPolicy,
     DiffusionUnetPolicy,
 )
-from sb3_dppo.reference import import_reference_checkpoint
 
 if TYPE_CHECKING:
     from sb3_dppo.bc import BC

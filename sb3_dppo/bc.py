@@ -20,12 +20,18 @@ from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, unwrap_vec_wrapper
 from tqdm.rich import tqdm
 
-from sb3_dppo.demonstrations import SOURCES, Demonstrations, add_source_options, load_from_options, stacking_axis
+from sb3_dppo.demonstrations.demonstrations import (
+    SOURCES,
+    Demonstrations,
+    add_source_options,
+    load_from_options,
+    stacking_axis,
+)
+from sb3_dppo.demonstrations.rows import Rows, is_image
 from sb3_dppo.dppo import DPPO
-from sb3_dppo.extractors import EXTRACTORS
-from sb3_dppo.observations import part_name, parts_of_space, vector_keys
+from sb3_dppo.features.extractors import EXTRACTORS
+from sb3_dppo.features.observations import part_name, parts_of_space, vector_keys
 from sb3_dppo.policies import PAPER_POLICY_KWARGS
-from sb3_dppo.rows import Rows, is_image
 
 
 class BC:
@@ -388,7 +394,7 @@ def _parse(items: list[str]) -> dict[str, Any]:
                 parsed[key] = EXTRACTORS.get(value) or locate(value)
                 if parsed[key] is None:
                     raise ValueError(
-                        f"{key}={value!r} is not the full name of a class, such as sb3_dppo.extractors.VitExtractor."
+                        f"{key}={value!r} is not the full name of a class, such as sb3_dppo.features.extractors.VitExtractor."
                     ) from None
     return parsed
 

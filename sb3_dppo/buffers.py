@@ -11,7 +11,7 @@ from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import PyTorchObs, TensorDict
 
-from sb3_dppo.observations import parts_of, parts_of_space, take
+from sb3_dppo.features.observations import parts_of, parts_of_space, take
 
 # Range of elementwise log-densities that enter a probability ratio (the reference implementation's).
 LOG_PROB_RANGE = (-5.0, 2.0)

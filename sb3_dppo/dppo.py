@@ -30,7 +30,6 @@ from stable_baselines3.common.utils import (
 )
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_dppo.acceleration import CPU_SLICE_SIZE, keep_freed_memory
 from sb3_dppo.buffers import (
     DenoisingRolloutBuffer,
     DenoisingRolloutBufferSamples,
@@ -39,11 +38,9 @@ from sb3_dppo.buffers import (
     mean_log_prob,
     mean_over_executed,
 )
-from sb3_dppo.checkpoints import RunState
-from sb3_dppo.denoising import gaussian_log_prob
-from sb3_dppo.faults import ON_BAD_ENV, EnvGuard, check_finite, interruptible
-from sb3_dppo.files import atomic_write
-from sb3_dppo.observations import check_observation_space, stack, take
+from sb3_dppo.diffusion.acceleration import CPU_SLICE_SIZE, keep_freed_memory
+from sb3_dppo.diffusion.process import gaussian_log_prob
+from sb3_dppo.features.observations import check_observation_space, stack, take
 from sb3_dppo.policies import (
     DiffusionActorCriticPolicy,
     DiffusionCnnPolicy,
@@ -53,6 +50,9 @@ from sb3_dppo.policies import (
     DiffusionUnetPolicy,
     check_action_space,
 )
+from sb3_dppo.runs.checkpoints import RunState
+from sb3_dppo.runs.faults import ON_BAD_ENV, EnvGuard, check_finite, interruptible
+from sb3_dppo.runs.files import atomic_write
 
 SelfDPPO = TypeVar("SelfDPPO", bound="DPPO")
 
@@ -1071,7 +1071,7 @@ class DPPO(OnPolicyAlgorithm):
             others stay.
         :raises ValueError: naming the argument that can't be written, such as a function or a class of your own
         """
-        from sb3_dppo.sharing import save_pretrained
+        from sb3_dppo.runs.sharing import save_pretrained
 
         save_pretrained(self, folder)
 
@@ -1096,7 +1096,7 @@ class DPPO(OnPolicyAlgorithm):
         :raises ValueError: for files that are damaged, too large or not of such a model, or an env that does not fit it
         :raises TypeError: for an argument that the constructor does not have
         """
-        from sb3_dppo.sharing import from_pretrained
+        from sb3_dppo.runs.sharing import from_pretrained
 
         cls._check_names("from_pretrained", kwargs)
         return from_pretrained(cls, folder, env, device, kwargs)

@@ -18,11 +18,11 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_dppo.acceleration import COMPILE_OPTIONS, PRECISIONS, Compiled, CudaGraphs, precision_context, threads_for
-from sb3_dppo.denoisers import Denoiser, MlpDenoiser, TransformerDenoiser, UnetDenoiser, make_mlp
-from sb3_dppo.denoising import DenoisingChain, DenoisingProcess, gaussian_log_prob
-from sb3_dppo.extractors import EXTRACTORS
-from sb3_dppo.observations import batch_size_of, check_observation_space, parts_of, take, vector_keys
+from sb3_dppo.diffusion.acceleration import COMPILE_OPTIONS, PRECISIONS, Compiled, CudaGraphs, precision_context, threads_for
+from sb3_dppo.diffusion.denoisers import Denoiser, MlpDenoiser, TransformerDenoiser, UnetDenoiser, make_mlp
+from sb3_dppo.diffusion.process import DenoisingChain, DenoisingProcess, gaussian_log_prob
+from sb3_dppo.features.extractors import EXTRACTORS
+from sb3_dppo.features.observations import batch_size_of, check_observation_space, parts_of, take, vector_keys
 
 # The std of DDPM's deterministic mode, which is 0 at the last step only.
 DDPM_EVALUATION_STD = 1e-3

@@ -17,7 +17,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 
 from sb3_dppo import DPPO
-from tests.envs import ResumableWalkEnv, WalkEnv
+from tests.toy_envs import ResumableWalkEnv, WalkEnv
 
 assert diffusers.DDPMScheduler  # It takes seconds to load, once for all processes that are forked from one that has.
 

@@ -18,8 +18,8 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_dppo import BC, DPPO, Demonstrations
-from sb3_dppo.extractors import VitExtractor
-from tests.test_observations import PixelPendulum
+from sb3_dppo.features.extractors import VitExtractor
+from tests.features.test_observations import PixelPendulum
 
 # Batches and widths at which PyTorch shares work between threads.
 NETS = dict(net_arch=dict(pi=[256], vf=[256]), denoising_steps=3, horizon=2)

@@ -15,8 +15,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 
 from sb3_dppo import DPPO
 from sb3_dppo.buffers import DenoisingRolloutBufferSamples
-from sb3_dppo.denoising import gaussian_log_prob
-from tests.envs import CountingEnv, NanEnv
+from sb3_dppo.diffusion.process import gaussian_log_prob
+from tests.toy_envs import CountingEnv, NanEnv
 
 SMALL = dict(net_arch=dict(pi=[16], vf=[16]), denoising_steps=4, horizon=4)
 

@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from sb3_dppo import DPPO, Demonstrations, import_reference_checkpoint, load_demonstrations
-from sb3_dppo.sharing import _sha256
-from tests.test_demonstrations import arrays, lerobot_frames, write_lerobot, write_robomimic
+from sb3_dppo.runs.sharing import _sha256
+from tests.demonstrations.test_demonstrations import arrays, lerobot_frames, write_lerobot, write_robomimic
 
 # ---------------------------------------------------------------------- mutations
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from sb3_dppo import BC, DPPO, Demonstrations, DiffusionMlpPolicy, DiffusionUnetPolicy
 from sb3_dppo.policies import DiffusionActorCriticPolicy
-from tests.envs import CountingEnv
+from tests.toy_envs import CountingEnv
 
 SMALL = dict(net_arch=dict(pi=[16], vf=[16]), denoising_steps=4, horizon=4)
 BOX = spaces.Box(-1, 1, (5,))

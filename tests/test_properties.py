@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_dppo import DPPO
 from sb3_dppo.buffers import DenoisingRolloutBuffer, RewardScaler
-from sb3_dppo.observations import take
+from sb3_dppo.features.observations import take
 
 # ---------------------------------------------------------------------- what hypothesis draws
 

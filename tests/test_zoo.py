@@ -183,7 +183,7 @@ import gymnasium
 import rl_zoo3.train
 
 from sb3_dppo import DPPO
-from tests.test_observations import PixelPendulum, VectorDictEnv
+from tests.features.test_observations import PixelPendulum, VectorDictEnv
 
 gymnasium.register("Pixels-v0", PixelPendulum, max_episode_steps=8)
 gymnasium.register("Dict-v0", VectorDictEnv)

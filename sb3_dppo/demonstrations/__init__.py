@@ -1,0 +1,5 @@
+"""Demonstrations: episodes of observations and actions, and the formats that they are read from."""
+
+from sb3_dppo.demonstrations.demonstrations import Demonstrations, collect_demonstrations, load_demonstrations
+
+__all__ = ["Demonstrations", "collect_demonstrations", "load_demonstrations"]

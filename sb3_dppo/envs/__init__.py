@@ -1,0 +1,1 @@
+"""Envs of other projects, as Gymnasium's and Stable-Baselines3's."""

@@ -1,0 +1,1 @@
+"""Observations of envs, and what makes features of them."""

@@ -1,0 +1,208 @@
+"""Envs that fail and signals that end a run: what is said, what is cleaned up, and what may be survived."""
+
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+
+from sb3_dppo.features.observations import parts_of, stack, take
+
+if TYPE_CHECKING:
+    from sb3_dppo.dppo import DPPO
+
+ON_BAD_ENV = ("raise", "reset")
+
+
+def are_finite(values: Any) -> np.ndarray:
+    """
+    :param values: Observations or rewards, shape (B, ...).
+    :return: Whether each has neither NaN nor infinity, shape (B,).
+    """
+    finite = np.ones(len(parts_of(values)[0]), dtype=bool)
+    for part in map(np.asarray, parts_of(values)):
+        if part.dtype.kind == "f":
+            finite &= np.isfinite(part).reshape(len(part), -1).all(axis=1)
+    return finite
+
+
+def check_finite(name: str, values: Any, when: str) -> None:
+    """
+    :param name: What it is.
+    :param values: Observations or rewards of all envs.
+    :param when: Which env step this is.
+    :raises ValueError: naming the env and the step, if one is NaN or infinite.
+    """
+    finite = are_finite(values)
+    if not finite.all():
+        raise _not_finite(name, int(np.argmin(finite)), when)
+
+
+def _not_finite(name: str, env_index: int, when: str) -> ValueError:
+    return ValueError(
+        f"The {name} of env {env_index} is NaN or infinite {when}: training stops before the policy learns from it. Models "
+        "saved so far are not affected. Check the env, for instance with stable_baselines3.common.vec_env.VecCheckNan, or go "
+        "on with on_bad_env='reset'."
+    )
+
+
+class EnvGuard:
+    """
+    A context that watches the envs while a model learns. It stands below ``VecNormalize`` and other wrappers, which remember
+    what they see, and not among them: ``EvalCallback`` wants the wrappers of both its envs to be the same.
+
+    An env that returns NaN or infinity raises an error or, with ``on_bad_env="reset"``, is reset. To those outside, its
+    episode was truncated, with the last good observation at its end and no reward for its last step; ``info["bad_env"]`` is
+    ``True``.
+
+    When ``SubprocVecEnv`` fails or is interrupted in a step, its processes are ended: nobody knows any more which of them have
+    answered, and ``close()`` would wait for answers that don't come.
+
+    :param model: The model, with an env.
+    """
+
+    def __init__(self, model: "DPPO") -> None:
+        self.model = model
+        assert model.env is not None
+        self.venv = model.env
+        while isinstance(self.venv, VecEnvWrapper):
+            self.venv = self.venv.venv
+        self._good_obs: VecEnvObs | None = None
+
+    def __enter__(self) -> None:
+        own = vars(self.venv)
+        self._before: dict[str, Any] = {name: own[name] for name in ("reset", "step_wait") if name in own}
+        self._reset, self._step_wait = self.venv.reset, self.venv.step_wait
+        own.update(reset=self.reset, step_wait=self.step_wait)
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        for name in ("reset", "step_wait"):
+            del vars(self.venv)[name]
+        vars(self.venv).update(self._before)
+        if error is None or not isinstance(self.venv, SubprocVecEnv):
+            return
+        death = describe_death(self.venv) if isinstance(error, (EOFError, ConnectionError)) else None
+        if death is not None or self.venv.waiting:
+            end_processes(self.venv)
+        if death is not None:
+            raise RuntimeError(death) from error
+
+    def reset(self) -> VecEnvObs:
+        """
+        Reset all envs.
+
+        :return: Their observations.
+        :raises ValueError: if one is NaN or infinite.
+        """
+        self._good_obs = self._reset()
+        check_finite("observation", self._good_obs, "after reset()")
+        return self._good_obs
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """
+        Wait for the envs' step, and see what came.
+
+        :return: Observations, rewards, whether episodes have ended, and further information.
+        :raises ValueError: if something is NaN or infinite, unless its env was reset.
+        """
+        obs, rewards, dones, infos = self._step_wait()
+        last_obs = {int(i): stack([infos[i]["terminal_observation"]]) for i in np.flatnonzero(dones)}
+        bad = ~(are_finite(obs) & are_finite(rewards))
+        for env_index, last in last_obs.items():
+            bad[env_index] |= not are_finite(last)[0]
+        if bad.any():
+            if self.model.on_bad_env == "raise":
+                when = self.model.describe_env_step()
+                check_finite("observation", obs, when)
+                check_finite("reward", rewards, when)
+                raise _not_finite("last observation", int(np.argmax(bad)), when)
+            for env_index in map(int, np.flatnonzero(bad)):
+                self._reset_env(env_index, obs)
+                # If none has been seen yet, the next best: it is in the space, too.
+                last = take(obs if self._good_obs is None else self._good_obs, env_index)
+                infos[env_index].update({"terminal_observation": last, "TimeLimit.truncated": True, "bad_env": True})
+                rewards[env_index], dones[env_index] = 0.0, True
+            check_finite("observation", obs, "after reset()")
+        self._good_obs = obs
+        return obs, rewards, dones, infos
+
+    def _reset_env(self, env_index: int, obs: VecEnvObs) -> None:
+        """
+        :param env_index: Which env to reset.
+        :param obs: Observations of all envs, among which the first one of its new episode comes.
+        """
+        if self.model.n_bad_env_resets == 0:
+            warnings.warn(
+                f"Env {env_index} returned NaN or infinity and was reset {self.model.describe_env_step()}. Resets are counted "
+                "in the logs, as rollout/bad_env_resets.",
+                stacklevel=2,
+            )
+        self.model.n_bad_env_resets += 1
+        first_obs, _ = self.venv.env_method("reset", indices=[env_index])[0]
+        if isinstance(obs, dict):
+            for key in obs:
+                obs[key][env_index] = first_obs[key]
+        else:
+            obs[env_index] = first_obs  # type: ignore[index]
+
+
+def describe_death(env: SubprocVecEnv) -> str | None:
+    """
+    :param env: An env, one of whose pipes may be broken.
+    :return: Which process has died, and of what; ``None`` if none has.
+    """
+    wait([process.sentinel for process in env.processes], timeout=2)
+    for env_index, process in enumerate(env.processes):
+        code = process.exitcode
+        if code is None:
+            continue
+        if code < 0:
+            cause = f"by signal {-code} ({signal.strsignal(-code)}); one that needs too much memory is killed by signal 9"
+        else:
+            cause = f"with exit code {code}; if the env raised an error, it is printed above"
+        return f"The process of env {env_index} has died, {cause}. Models saved so far are not affected."
+    return None
+
+
+def end_processes(env: SubprocVecEnv) -> None:
+    """
+    :param env: The env, which can't be used afterwards.
+    """
+    env.closed, env.waiting = True, False
+    for process in env.processes:
+        process.kill()
+    for process in env.processes:
+        process.join()
+    for remote in env.remotes:
+        remote.close()
+
+
+@contextmanager
+def interruptible(describe: Callable[[], str]) -> Iterator[None]:
+    """
+    Let SIGTERM interrupt as Ctrl-C does, unless the program handles it, and let the ``KeyboardInterrupt`` say where.
+
+    :param describe: Returns what to say.
+    :return: A context for a long computation.
+    """
+    in_charge = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if in_charge:
+        signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.args = (describe(),)
+        raise
+    finally:
+        if in_charge:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

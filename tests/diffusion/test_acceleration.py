@@ -1,0 +1,240 @@
+"""Threads, precision, compilation and slices of minibatches: what is faster must compute the same."""
+
+import copy
+import gc
+import logging
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch as th
+
+from sb3_dppo import DPPO
+from sb3_dppo.diffusion.acceleration import Compiled, CudaGraphs, precision_context, threads_for
+
+SAMPLERS = [dict(), dict(scheduler="ddim", inference_steps=2, ft_denoising_steps=2)]
+
+
+def make_model(**kwargs) -> DPPO:
+    arguments = dict(
+        n_steps=16,
+        batch_size=32,
+        ft_denoising_steps=2,
+        policy_kwargs=dict(horizon=4, denoising_steps=4, net_arch=dict(pi=[32] * 3, vf=[32] * 3)),
+        seed=0,
+        device="cpu",
+    )
+    return DPPO("DiffusionMlpPolicy", "Pendulum-v1", **(arguments | kwargs))
+
+
+def test_compiled_denoising_equals_denoising() -> None:
+    eager, compiled = make_model(), make_model(compile=True)
+    for batch_size in (1, 3, 5):
+        obs, noise = th.randn(batch_size, 3), eager.policy.draw_noise(batch_size)
+        expected, actual = (model.policy.sample_chain(obs, noise=noise) for model in (eager, compiled))
+        for left, right in zip(expected, actual, strict=True):
+            th.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+    assert not compiled.policy._compiled_denoise.failed
+    # New weights reach what was compiled.
+    before = compiled.policy.sample_chain(obs, noise=noise).actions
+    compiled.learn(32)
+    eager.policy.load_state_dict(compiled.policy.state_dict())
+    expected_actions = eager.policy.sample_chain(obs, noise=noise).actions
+    actual_actions = compiled.policy.sample_chain(obs, noise=noise).actions
+    th.testing.assert_close(actual_actions, expected_actions, rtol=1e-5, atol=1e-5)
+    assert not th.allclose(before, actual_actions, atol=1e-4)
+
+
+def test_without_a_compiler_denoising_runs_as_it_is(tmp_path) -> None:
+    code = (
+        "import sys, torch as th; from sb3_dppo import DPPO\n"
+        "kwargs = dict(n_steps=16, batch_size=32, seed=0, device='cpu')\n"
+        "noise, obs = th.randn(6, 2, 1, 1), th.randn(2, 3)\n"
+        "models = [DPPO('DiffusionMlpPolicy', 'Pendulum-v1', compile=c, **kwargs) for c in (True, False)]\n"
+        "chains = [model.policy.sample_chain(obs, noise=noise) for model in models]\n"
+        "assert all(th.equal(*pair) for pair in zip(*chains))\n"
+        "assert models[0].policy._compiled_denoise.failed\n"
+        "models[0].learn(32)\n"
+    )
+    env = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+
+
+def test_policies_share_no_compiled_code() -> None:
+    # PyTorch compiles a code object for at most eight different sets of shapes and modules, and then no more.
+    code = [make_model().policy._compiled_denoise._own_code().__code__ for _ in range(2)]
+    assert code[0] is not code[1]
+    assert code[0].co_name != code[1].co_name
+    assert code[0].co_code == code[1].co_code
+
+
+def test_errors_of_a_compiled_function_are_its_own() -> None:
+    class Failing:
+        def fail(self, x: th.Tensor) -> th.Tensor:
+            raise KeyError("mine")
+
+    compiled = Compiled(Failing().fail)
+    with pytest.raises(KeyError, match="mine"):
+        compiled(th.device("cpu"), th.zeros(1))
+    assert not compiled.failed
+
+
+def test_graphs_fall_back_where_there_is_no_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    if th.cuda.is_available():
+        pytest.skip("has a GPU")
+    graphs = CudaGraphs(lambda x, factor: factor * x)
+    with caplog.at_level(logging.INFO, "sb3_dppo.diffusion.acceleration"):
+        th.testing.assert_close(graphs([th.ones(2)], 3.0), th.full((2,), 3.0))
+    assert graphs.failed
+    assert "Not recorded as a CUDA graph" in caplog.text
+
+
+@pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_graphs_equal_eager_denoising(sampler: dict) -> None:
+    graphed, eager = make_model(device="cuda", **sampler), make_model(device="cuda", compile=False, **sampler)
+    for batch_size in (1, 3, 1, 3):
+        for deterministic in (False, True):
+            obs, noise = th.randn(batch_size, 3, device="cuda"), eager.policy.draw_noise(batch_size)
+            pairs = zip(*(m.policy.sample_chain(obs, deterministic, noise) for m in (graphed, eager)), strict=True)
+            for left, right in pairs:
+                th.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+    assert not graphed.policy._denoise_graphs.failed
+    graphed.learn(32)
+    eager.policy.load_state_dict(graphed.policy.state_dict())
+    th.testing.assert_close(
+        graphed.policy.sample_chain(obs, noise=noise).actions, eager.policy.sample_chain(obs, noise=noise).actions
+    )
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])
+@pytest.mark.parametrize("compile", [True, "auto"])
+def test_copies_run_their_own_networks(copied, compile: bool | str) -> None:
+    policy = make_model(compile=compile).policy
+    obs, noise = th.randn(2, 3), policy.draw_noise(2)
+    before = policy.sample_chain(obs, noise=noise).actions
+    copy_of_policy = copied(policy)
+    with th.no_grad():
+        for parameter in copy_of_policy.denoiser.parameters():
+            parameter.zero_()
+    th.testing.assert_close(policy.sample_chain(obs, noise=noise).actions, before)
+    assert not th.allclose(copy_of_policy.sample_chain(obs, noise=noise).actions, before)
+
+
+def test_chains_can_be_used_where_gradients_are_computed() -> None:
+    policy = make_model().policy
+    obs = th.randn(2, 3)
+    policy.chain_log_prob(obs, policy.sample_chain(obs).chain).sum().backward()
+    assert policy.denoiser.mlp[0].weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(),
+        dict(shuffle="decisions"),
+        dict(bc_coef=0.1, advantage_quantiles=(0.1, 0.9), clip_range_vf=0.2),
+        dict(batch_size=7),
+    ],
+)
+def test_slices_of_a_minibatch_add_up_to_it(kwargs: dict) -> None:
+    metrics, gradients = [], []
+    for n_accumulate in (1, 3, 1000):
+        model = make_model(n_accumulate=n_accumulate, n_steps=64, **kwargs)
+        callback = model._setup_learn(64)[1]
+        model.collect_rollouts(model.env, callback, model.rollout_buffer, 64)
+        th.manual_seed(1)
+        metrics.append(model._compute_gradients(next(model._minibatches())))
+        parameters = [*model.policy.denoiser.parameters(), *model.policy.critic.parameters()]
+        gradients.append([parameter.grad for parameter in parameters])
+    loss, whole = model.loss(next(iter(_same_minibatch(model))))
+    for other in metrics[1:]:
+        for name, value in metrics[0].items():
+            th.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    th.testing.assert_close(metrics[0]["loss"], loss, rtol=1e-4, atol=1e-6)
+    th.testing.assert_close(metrics[0]["approx_kl"], whole["approx_kl"], rtol=1e-4, atol=1e-6)
+    for other_gradients in gradients[1:]:
+        for left, right in zip(gradients[0], other_gradients, strict=True):
+            th.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
+def _same_minibatch(model: DPPO):
+    th.manual_seed(1)
+    return model._minibatches()
+
+
+def test_small_batches_on_one_thread() -> None:
+    th.set_num_threads(2)
+    with threads_for(40):
+        assert th.get_num_threads() == 1
+    with threads_for(1000):
+        assert th.get_num_threads() == 2
+    with pytest.raises(KeyError), threads_for(1):
+        raise KeyError
+    assert th.get_num_threads() == 2
+
+
+def test_bfloat16_changes_log_probabilities_little() -> None:
+    exact, rounded = make_model(), make_model(precision="bfloat16")
+    obs = th.randn(200, 3)
+    chain = exact.policy.sample_chain(obs).chain
+    expected, actual = (model.policy.chain_log_prob(obs, chain) for model in (exact, rounded))
+    assert actual.dtype == th.float32
+    difference = (actual - expected).abs()
+    assert 0 < difference.mean() < 0.02
+    sampled = rounded.policy.sample_chain(obs)
+    assert all(tensor.dtype == th.float32 for tensor in sampled)
+    # The log-probabilities of sampling and of the update agree, so that ratios begin at 1.
+    th.testing.assert_close(rounded.policy.chain_log_prob(obs, sampled.chain), sampled.log_prob, rtol=0, atol=0.2)
+    assert rounded.policy.predict_values(obs).dtype == th.float32
+    rounded.learn(64)
+    assert all(parameter.dtype == th.float32 for parameter in rounded.policy.parameters())
+
+
+def test_tf32_is_left_as_it_was() -> None:
+    before = th.backends.cuda.matmul.allow_tf32
+    with precision_context(th.device("cuda"), "tf32"):
+        assert th.backends.cuda.matmul.allow_tf32
+    assert th.backends.cuda.matmul.allow_tf32 == before
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(compile="yes"), "compile='yes' is unknown"),
+        (dict(precision="float16"), "precision='float16' is unknown"),
+        (dict(n_accumulate=0), "n_accumulate=0 must be at least 1"),
+    ],
+)
+def test_bad_settings(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model(**kwargs)
+
+
+def test_settings_can_be_changed_on_loading(tmp_path) -> None:
+    make_model(compile=True).save(tmp_path / "model")
+    loaded = DPPO.load(tmp_path / "model", compile=False, precision="bfloat16", n_accumulate=2)
+    assert loaded.policy.precision == "bfloat16"
+    assert loaded.policy._compile is False
+    assert loaded.n_accumulate == 2
+
+
+def test_memory_of_a_rollout_is_linear_in_decisions() -> None:
+    def tensor_bytes(n_steps: int) -> int:
+        model = make_model(n_steps=n_steps)
+        callback = model._setup_learn(n_steps)[1]
+        model.collect_rollouts(model.env, callback, model.rollout_buffer, n_steps)
+        del callback
+        gc.collect()
+        tensors = [value for value in vars(model.rollout_buffer).values() if isinstance(value, th.Tensor)]
+        assert sum(tensor.nbytes == model.rollout_buffer.chains.nbytes for tensor in tensors) == 1  # stored once
+        return sum(tensor.nbytes for tensor in tensors)
+
+    small, double, large = (tensor_bytes(n) for n in (400, 800, 1600))
+    assert large - double == 2 * (double - small)
+    np.testing.assert_allclose(large / small, 4, rtol=0.01)
