@@ -151,7 +151,7 @@ class BC:
                 stacklevel=4,
             )
         actions = self.demonstrations.actions
-        self.model.policy.set_normalization(
+        self.model.policy.normalizer.set_ranges(
             self._extreme(np.min), self._extreme(np.max), actions.min(axis=0), actions.max(axis=0)
         )
 
@@ -197,7 +197,7 @@ class BC:
             raise ValueError(f"n_epochs={n_epochs} must be at least 1.")
         self._set_normalization()
         policy, n_chunks = self.model.policy, len(self.chunks)
-        chunks = policy.normalize_actions(self.chunks)
+        chunks = policy.normalizer.normalize_actions(self.chunks)
         n_batches = max(1, round(n_chunks / self.batch_size))
         parameters = list(policy.optimizer.param_groups[0]["params"])
         optimizer = th.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)

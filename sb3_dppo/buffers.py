@@ -7,14 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import BaseBuffer
+from stable_baselines3.common.buffers import BaseBuffer, RolloutBuffer
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import PyTorchObs, TensorDict
 
+from sb3_dppo.diffusion.sampler import LOG_PROB_RANGE, mean_log_prob
 from sb3_dppo.features.observations import parts_of, parts_of_space, take
-
-# Range of elementwise log-densities that enter a probability ratio (the reference implementation's).
-LOG_PROB_RANGE = (-5.0, 2.0)
 
 
 class DenoisingRolloutBufferSamples(NamedTuple):
@@ -33,7 +31,8 @@ class DenoisingRolloutBufferSamples(NamedTuple):
     :param chain_next: Iterates after the steps, shape (N, Tp, Da).
     :param old_log_prob: Log-probabilities when sampled, clamped and averaged over executed actions, shape (N,).
     :param value_index: The critic's decisions, shape (V,).
-    :param bc_noise: Noise for chains of the base policy, shape (S+1, N, Tp, Da), or ``None``.
+    :param bc_noise: Noise for chains of the base policy, shape (S+1, M, Tp, Da), or ``None``.
+    :param bc_index: Their decisions, shape (M,). ``None`` means ``decision_index``.
     """
 
     observations: TensorDict | th.Tensor
@@ -48,44 +47,15 @@ class DenoisingRolloutBufferSamples(NamedTuple):
     old_log_prob: th.Tensor
     value_index: th.Tensor
     bc_noise: th.Tensor | None = None
+    bc_index: th.Tensor | None = None
 
-    def part(self, pairs: slice, values: slice) -> "DenoisingRolloutBufferSamples":
+    def pairs(self, rows: slice) -> "DenoisingRolloutBufferSamples":
         """
-        :param pairs: Which pairs.
-        :param values: Which of the critic's decisions.
+        :param rows: Which pairs.
         :return: A part of the minibatch, without a copy.
         """
-        return self._replace(
-            decision_index=self.decision_index[pairs],
-            denoising_index=self.denoising_index[pairs],
-            chain_prev=self.chain_prev[pairs],
-            chain_next=self.chain_next[pairs],
-            old_log_prob=self.old_log_prob[pairs],
-            value_index=self.value_index[values],
-            bc_noise=None if self.bc_noise is None else self.bc_noise[:, pairs],
-        )
-
-
-def mean_over_executed(values: th.Tensor, n_executed: th.Tensor) -> th.Tensor:
-    """
-    :param values: One value per element of a chunk, shape (N, Tp, Da).
-    :param n_executed: How many actions of each chunk were executed, shape (N,).
-    :return: Means over the executed actions, shape (N,).
-    """
-    per_action = values.mean(dim=-1)
-    executed = th.arange(per_action.shape[-1], device=per_action.device) < n_executed[:, None]
-    return (per_action * executed).sum(dim=-1) / n_executed
-
-
-def mean_log_prob(log_prob: th.Tensor, n_executed: th.Tensor) -> th.Tensor:
-    """
-    Clamp elementwise log-densities and average them over the executed actions of each chunk.
-
-    :param log_prob: Shape (N, Tp, Da).
-    :param n_executed: Shape (N,).
-    :return: Shape (N,).
-    """
-    return mean_over_executed(log_prob.clamp(*LOG_PROB_RANGE), n_executed)
+        names = ("decision_index", "denoising_index", "chain_prev", "chain_next", "old_log_prob")
+        return self._replace(**{name: getattr(self, name)[rows] for name in names})
 
 
 class RewardScaler:
@@ -118,7 +88,7 @@ class RewardScaler:
         return np.clip(rewards / np.sqrt(self.statistics.var + self.epsilon), -self.clip, self.clip)
 
 
-class DenoisingRolloutBuffer(BaseBuffer):
+class DenoisingRolloutBuffer(RolloutBuffer):
     """
     Decisions of one rollout, in the order in which they were made, with the denoising chains that led to them.
 
@@ -132,10 +102,8 @@ class DenoisingRolloutBuffer(BaseBuffer):
     :param horizon: Tp, actions in a chunk.
     :param act_steps: Ta, actions that are executed of it.
     :param ft_denoising_steps: K', the denoising steps that are kept.
-    :param device: Where observations, chains and log-probabilities are kept.
-    :param gae_lambda: GAE's λ, per decision.
-    :param gamma: Discount of a decision of ``act_steps`` env steps.
-    :param n_envs: Number of envs.
+    :param args: The others are those of SB3's ``RolloutBuffer``: ``device``, where observations, chains and log-probabilities
+        are kept, ``gae_lambda``, per decision, ``gamma``, of a decision of ``act_steps`` env steps, and ``n_envs``.
     """
 
     observation_space: spaces.Space
@@ -149,19 +117,14 @@ class DenoisingRolloutBuffer(BaseBuffer):
         horizon: int,
         act_steps: int,
         ft_denoising_steps: int,
-        device: th.device | str = "auto",
-        gae_lambda: float = 1,
-        gamma: float = 0.99,
-        n_envs: int = 1,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.horizon = horizon
         self.act_steps = act_steps
         self.ft_denoising_steps = ft_denoising_steps
-        self.gae_lambda = gae_lambda
-        self.gamma = gamma
-        self._allocate(n_envs * max(1, buffer_size // act_steps))
-        self.reset()
+        super().__init__(buffer_size, observation_space, action_space, *args, **kwargs)
+        self._allocate(self.n_envs * max(1, buffer_size // act_steps))
 
     # ------------------------------------------------------------------ storage
 
@@ -225,7 +188,7 @@ class DenoisingRolloutBuffer(BaseBuffer):
         """
         Forget all decisions.
         """
-        super().reset()
+        BaseBuffer.reset(self)
         # Decisions that were made at the same env step: each env occurs at most once in such a slice.
         self.rounds: list[slice] = []
         self.last_decision = np.zeros(self.n_envs, dtype=np.int64)

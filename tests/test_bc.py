@@ -64,7 +64,7 @@ def test_ends_with_ema_in_both_denoisers_and_new_optimisers(tmp_path: Path) -> N
 def test_normalisation_is_that_of_the_demonstrations() -> None:
     model, demonstrations = make_model(), make_demonstrations()
     BC(model, demonstrations)
-    assert not model.policy.normalizes_observations
+    assert not model.policy.normalizer.changes_observations
     BC(model, demonstrations).train(1, progress_bar=False)
     features = model.policy.extract_features(th.as_tensor(demonstrations.observations))
     assert features[:, :-1].min() == pytest.approx(-1, abs=1e-5) and features[:, :-1].max() == pytest.approx(1, abs=1e-5)
@@ -85,8 +85,8 @@ def test_frame_stacking_pads_as_vec_frame_stack_does() -> None:
     np.testing.assert_array_equal(demonstrations.stacked_observations(np.arange(10), 3), observations)
     model = make_model(env)
     BC(model, demonstrations).train(1, progress_bar=False)
-    assert model.policy.obs_center.shape == (9,)
-    assert th.equal(model.policy.obs_center[:3], model.policy.obs_center[6:])
+    assert model.policy.normalizer.obs_center.shape == (9,)
+    assert th.equal(model.policy.normalizer.obs_center[:3], model.policy.obs_center[6:])
     model.learn(16)
 
 
@@ -165,4 +165,4 @@ def test_command_line(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Mean reward" in done.stdout and f"{len(load_demonstrations('hopper-medium'))} transitions" in done.stdout
     model = DPPO.load(tmp_path / "a.zip")
-    assert model.policy.denoising_steps == 4 and model.act_steps == 2
+    assert model.policy.process.denoising_steps == 4 and model.act_steps == 2

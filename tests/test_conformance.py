@@ -129,16 +129,16 @@ def test_tables(case: Case) -> None:
 
 def test_mean_and_std_at_every_step(case: Case) -> None:
     policy = case.policy
-    first = policy.first_ft_position
+    first = policy.sampler.n_base_steps
     for prefix, base_everywhere in (("mean", False), ("mean_base", True)):
-        for position in range(policy.inference_steps):
+        for position in range(policy.sampler.inference_steps):
             denoiser = policy.base_denoiser if base_everywhere or position < first else policy.denoiser
             features = policy.extract_features(case.obs)
             embedding = denoiser.embed_timesteps(policy.process.timesteps[position])
             x = case["pmv/x"]
             with th.no_grad():
                 output = denoiser(x, embedding, denoiser.encode(features))
-                mean, sigma = policy.process.transition(x, output, position, policy.eta)
+                mean, sigma = policy.process.transition(x, output, position, policy.sampler.config.eta)
             if base_everywhere or position < first:
                 assert_close(output, case["pmv/net_base"][position])
             else:
@@ -199,17 +199,17 @@ def test_gradients(case: Case) -> None:
 
 def test_loss_variants(case: Case) -> None:
     model, samples = case.model, case.loss_samples()
-    clip, normalize = model._clip_range_vf, model.normalize_advantage
+    clip, normalize = model.clip_range_vf, model.normalize_advantage
     try:
-        model._clip_range_vf = (lambda _: 0.2) if clip is None else None  # type: ignore[assignment]
+        model.clip_range_vf = 0.2 if clip is None else None
         metrics = model.loss(samples)[1]
         assert_close(metrics["value_loss"], case["loss_vclip/v_loss"])
-        model._clip_range_vf = clip
+        model.clip_range_vf = clip
         model.normalize_advantage = not normalize
         metrics = model.loss(samples)[1]
         assert_close(metrics["policy_gradient_loss"], case["loss_normadv/pg_loss"], atol=1e-6)
     finally:
-        model._clip_range_vf, model.normalize_advantage = clip, normalize
+        model.clip_range_vf, model.normalize_advantage = clip, normalize
 
 
 def test_bc_term(case: Case) -> None:
@@ -385,7 +385,7 @@ def test_every_mlp_of_the_reference_imports(
     with th.no_grad():
         assert_close(policy.predict_values(obs), expected_value)
     # Actions: the reference's normalisation, inverted.
-    unnormalised = policy.unnormalize_actions(th.full((1, horizon, n_actions), 0.5))
+    unnormalised = policy.normalizer.unnormalize_actions(th.full((1, horizon, n_actions), 0.5))
     np.testing.assert_allclose(unnormalised[0, 0], [-0.5 + 0.75 * 1.5, -1 + 0.75 * 1.8], rtol=1e-5)
 
 

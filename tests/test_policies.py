@@ -13,6 +13,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from torch import nn
 
 from sb3_dppo import BC, DPPO, Demonstrations, DiffusionMlpPolicy, DiffusionUnetPolicy
+from sb3_dppo.chunks import noise_of_observations
 from sb3_dppo.policies import DiffusionActorCriticPolicy
 from tests.toy_envs import CountingEnv
 
@@ -110,18 +111,18 @@ def test_normalisation() -> None:
     policy = make_policy()
     obs = th.randn(4, 5)
     assert (policy.extract_features(obs) == obs).all()
-    assert not policy.normalizes_observations
+    assert not policy.normalizer.changes_observations
     low, high = np.array([0.0, -1, 2, 5, 1000]), np.array([1.0, 3, 2, 9, 1001])
-    policy.set_normalization(low, high, np.array([-0.5, 0.2]), np.array([0.5, 0.2]))
-    assert policy.normalizes_observations
+    policy.normalizer.set_ranges(low, high, np.array([-0.5, 0.2]), np.array([0.5, 0.2]))
+    assert policy.normalizer.changes_observations
     obs = th.as_tensor(np.stack([low, high, (low + high) / 2, low + 7])).float()
     expected = 2 * ((obs - obs[0]) / (obs[1] - obs[0] + 1e-6) - 0.5)
     expected[:, 2] = 0  # no range
     th.testing.assert_close(policy.extract_features(obs), expected, rtol=1e-4, atol=1e-4)
     actions = th.tensor([[-0.5, 0.2], [0.5, 0.2], [0.25, 0.2]])
-    normalised = policy.normalize_actions(actions)
+    normalised = policy.normalizer.normalize_actions(actions)
     th.testing.assert_close(normalised, th.tensor([[-1.0, 0], [1, 0], [0.5, 0]]), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(policy.unnormalize_actions(normalised[:, None])[:, 0], actions, atol=1e-5)
+    np.testing.assert_allclose(policy.normalizer.unnormalize_actions(normalised[:, None])[:, 0], actions, atol=1e-5)
 
 
 @pytest.mark.parametrize("deterministic_noise", ["observation", "zero", "random"])
@@ -136,7 +137,7 @@ def test_deterministic_noise(deterministic_noise: str) -> None:
         again = make_policy(deterministic_noise=deterministic_noise)
         np.testing.assert_allclose(again.predict(obs[2].astype(np.float64), deterministic=True)[0], plans[0][2], rtol=1e-5)
         np.testing.assert_array_equal(plans[0][0], plans[0][1])
-        noise = policy._deterministic_noise(th.randn(500, 5))
+        noise = noise_of_observations(th.randn(500, 5), (5, 500, 4, 2))
         assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
         assert abs(np.corrcoef(noise[:, :, 0, 0])).max() < 1.001
         assert abs(np.corrcoef(noise[0, :, 0, 0], noise[1, :, 0, 0])[0, 1]) < 0.2
@@ -252,11 +253,10 @@ def test_policy_save_and_load_keeps_the_sampler(cls: type[DiffusionActorCriticPo
         min_sampling_std=0.2,
         noise_clip=2.0,
     )
-    policy.set_normalization(np.zeros(5), np.ones(5), np.zeros(2), np.ones(2))
+    policy.normalizer.set_ranges(np.zeros(5), np.ones(5), np.zeros(2), np.ones(2))
     policy.save(str(tmp_path / "policy.pt"))
     loaded = cls.load(str(tmp_path / "policy.pt"), device="cpu")
-    for name in ("act_steps", "inference_steps", "eta", "ft_denoising_steps", "min_sampling_std", "noise_clip"):
-        assert getattr(loaded, name) == getattr(policy, name), name
+    assert loaded.sampler.config == policy.sampler.config
     assert loaded.process.is_ddim
     obs, noise = th.randn(3, 5), policy.draw_noise(3)
     assert (loaded.sample_chain(obs, noise=noise).chain == policy.sample_chain(obs, noise=noise).chain).all()
@@ -308,9 +308,9 @@ def test_features_extractor_and_encoder_have_frozen_copies() -> None:
         (dict(min_sampling_std=-0.1), "min_sampling_std=-0.1 must not be negative"),
         (dict(deterministic_noise="none"), "deterministic_noise='none'"),
         (dict(horizon=0), "horizon=0"),
-        (dict(net_arch=dict(pi=[16, 16])), r"net_arch=\[16, 16\].*odd number of equal widths.*residual=False"),
-        (dict(net_arch=dict(pi=[16, 8, 16])), r"odd number of equal widths"),
-        (dict(film=True), r"net_arch=\[16\] has no residual block that film=True could modulate"),
+        (dict(net_arch=dict(pi=[16, 16]), residual=True), r"net_arch=\[16, 16\].*odd number of equal widths.*residual=False"),
+        (dict(net_arch=dict(pi=[16, 8, 16]), residual=True), r"odd number of equal widths"),
+        (dict(film=True, residual=True), r"net_arch=\[16\] has no residual block that film=True could modulate"),
         (dict(features_extractor_class="Vit"), "features_extractor_class='Vit' is unknown"),
         (dict(use_sde=True), "use_sde"),
     ],

@@ -429,6 +429,7 @@ def make_model(case: Case, **kwargs: Any) -> tuple[DPPO, list[ScriptedEnv]]:
         "DiffusionMlpPolicy",
         DummyVecEnv([lambda env=env: env for env in envs]),  # type: ignore[misc]
         n_steps=case.n_steps,
+        normalize_advantage=False,  # some rollouts have one decision
         act_steps=case.act_steps,
         gamma=case.gamma,
         gae_lambda=case.gae_lambda,
@@ -468,7 +469,7 @@ def check_rollouts(case: Case, scale: bool) -> None:
                 n_episodes[decision.env] += 1
         check_accounting(case, buffer, decisions)
         # In order, the executed parts of the chunks are what the envs executed: each action once.
-        chunks = model.policy.unnormalize_actions(buffer.chains[: buffer.size(), -1])
+        chunks = model.policy.normalizer.unnormalize_actions(buffer.chains[: buffer.size(), -1])
         played: list[list[np.ndarray]] = [[] for _ in envs]
         for row, decision in enumerate(in_order(decisions)):
             played[decision.env].extend(chunks[row, : len(decision.steps)])

@@ -77,7 +77,7 @@ def test_set_parameters(exact_match: bool) -> None:
     np.testing.assert_allclose(model.predict(obs, deterministic=True)[0], before)
     with pytest.raises(ValueError, match="nonsense"):
         model.set_parameters({"nonsense": {}})
-    incomplete = dict(original, policy={name: v for name, v in original_policy.items() if name != "action_scale"})
+    incomplete = dict(original, policy={name: v for name, v in original_policy.items() if name != "normalizer.action_scale"})
     with pytest.raises(RuntimeError, match="action_scale"):
         model.set_parameters(incomplete, exact_match=True)
     model.set_parameters(incomplete, exact_match=False)
@@ -104,13 +104,13 @@ def test_loading_with_other_settings(changes: dict[str, Any], n_envs: int, tmp_p
     loaded = DPPO.load(tmp_path / "model", env=make_vec_env("Pendulum-v1", n_envs), **changes)
     for name in ("act_steps", "ft_denoising_steps", "inference_steps"):
         if name in changes:
-            assert getattr(loaded.policy, name) == changes[name]
+            assert getattr(loaded.policy.sampler, name) == changes[name]
     assert states_equal(loaded.get_parameters()["policy"], model.get_parameters()["policy"])
     loaded.learn(64)
     # And once more: what was resolved must not have replaced what was given.
     loaded.save(tmp_path / "again")
     again = DPPO.load(tmp_path / "again", env=make_vec_env("Pendulum-v1", 2), scheduler="ddpm", inference_steps=None)
-    assert again.policy.inference_steps == 4
+    assert again.policy.sampler.inference_steps == 4
 
 
 def test_scheduler_object_survives(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_schedules_that_end_at_zero(tmp_path: Path) -> None:
     model.learn(40)  # 64 steps are made: beyond the end of the schedules
     assert model.policy.optimizer.param_groups[0]["lr"] == 0
     model.save(tmp_path / "model")
-    assert DPPO.load(tmp_path / "model").policy.min_sampling_std == 0
+    assert DPPO.load(tmp_path / "model").policy.sampler.config.min_sampling_std == 0
 
 
 def test_learning_goes_on(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_pretrained_argument(tmp_path: Path) -> None:
     )
     assert states_equal(fresh.policy.state_dict(), model.policy.state_dict())
     assert fresh.pretrained_on_demonstrations
-    assert fresh.policy.act_steps == 2 and fresh.policy.horizon == 4
+    assert fresh.policy.sampler.act_steps == 2 and fresh.policy.horizon == 4
     fresh.learn(32)
     with pytest.warns(UserWarning, match=r"policy_kwargs\['horizon'\]=8 is ignored"):
         DPPO(

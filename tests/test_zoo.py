@@ -76,7 +76,11 @@ def test_fine_tuning_a_pre_trained_agent(tmp_path: Path) -> None:
     )
     assert "dppo_finetune.yml" in out
     tuned = DPPO.load(tmp_path / "logs/dppo/Pendulum-v1_1/Pendulum-v1.zip")
-    assert tuned.policy.ft_denoising_steps == 10 and tuned.policy.denoising_steps == 10 and tuned.num_timesteps == 3072
+    assert (
+        tuned.policy.sampler.ft_denoising_steps == 10
+        and tuned.policy.process.denoising_steps == 10
+        and tuned.num_timesteps == 3072
+    )
     # In a study, new agents start from it by name.
     conf = tmp_path / "tune.yml"
     conf.write_text(

@@ -54,7 +54,7 @@ def make_mlp(
     output_dim: int,
     net_arch: Sequence[int],
     activation_fn: type[nn.Module],
-    residual: bool = False,
+    residual: bool | None = False,
     layer_norm: bool = False,
 ) -> nn.Sequential:
     """
@@ -62,15 +62,17 @@ def make_mlp(
     :param output_dim: Size of the output.
     :param net_arch: Widths of the hidden layers.
     :param activation_fn: Activation of the hidden layers.
-    :param residual: Use one linear layer followed by residual blocks of two, instead of plain layers.
+    :param residual: Use one linear layer followed by residual blocks of two, instead of plain layers. ``None``: if these are
+        an odd number of equal widths, at least three.
     :param layer_norm: Whether to normalise the hidden layers.
     :return: The network, with a linear last layer.
     :raises ValueError: for a residual network of an even number of layers or of different widths.
     """
     layers: list[nn.Module] = []
     last = input_dim
-    if residual:
-        if len(net_arch) % 2 == 0 or len(set(net_arch)) != 1:
+    can_be_residual = len(net_arch) % 2 == 1 and len(set(net_arch)) == 1
+    if residual or (residual is None and can_be_residual and len(net_arch) > 1):
+        if not can_be_residual:
             raise ValueError(
                 f"net_arch={list(net_arch)}: with residual=True it must be an odd number of equal widths, one layer and then "
                 "blocks of two, such as [256, 256, 256]; or set residual=False."
@@ -193,7 +195,7 @@ class MlpDenoiser(Denoiser):
         net_arch: Sequence[int],
         time_dim: int = 16,
         activation_fn: type[nn.Module] = nn.ReLU,
-        residual: bool = True,
+        residual: bool | None = True,
         layer_norm: bool = False,
         obs_encoder_arch: Sequence[int] | None = None,
         film: bool = False,

@@ -61,7 +61,7 @@ def stack(observations: list[Any]) -> Any:
     return np.stack(observations)
 
 
-def vector_keys(observation_space: spaces.Space) -> dict[str, spaces.Box]:
+def vector_keys(observation_space: spaces.Space, normalize_images: bool = True) -> dict[str, spaces.Box]:
     """
     :param observation_space: A ``Box``, or a ``Dict`` of spaces.
     :return: The boxes that hold vectors and no images, under the empty key for a ``Box``: what can be normalised by ranges.
@@ -70,7 +70,9 @@ def vector_keys(observation_space: spaces.Space) -> dict[str, spaces.Box]:
     return {key: space for key, space in parts.items() if isinstance(space, spaces.Box) and not is_image_space(space)}
 
 
-def check_observation_space(observation_space: spaces.Space, features_extractor_class: Any) -> None:
+def check_observation_space(
+    observation_space: spaces.Space, features_extractor_class: Any, normalize_images: bool = True
+) -> None:
     """
     :param observation_space: Observation space of an env.
     :param features_extractor_class: The policy's features extractor. One of a user's own is taken as it is.

@@ -265,7 +265,7 @@ def _set_normalization(model: DPPO, path: Path, has_critic: bool) -> None:
         raise ValueError(f"normalization={str(path)!r} is of {frame} observations and {len(ranges['action_min'])} actions.")
     obs_min, obs_max = (np.tile(ranges[name], width // frame) for name in ("obs_min", "obs_max"))
     shape = model.observation_space.shape
-    policy.set_normalization(
+    policy.normalizer.set_ranges(
         obs_min.reshape(shape),
         obs_max.reshape(shape),
         ranges["action_min"],

@@ -21,8 +21,8 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from sb3_dppo import DPPO
 from tests import scenarios
-from tests.toy_envs import WalkEnv
 from tests.scenarios import N_ENVS, SETTINGS, SMALL, TOTAL, StopAt, fingerprint, make_env, make_model
+from tests.toy_envs import WalkEnv
 
 
 def process(target: Callable[..., None], *args: Any) -> Any:

@@ -22,8 +22,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 
 from sb3_dppo import DPPO
 from tests import scenarios
-from tests.toy_envs import WalkEnv
 from tests.scenarios import N_ENVS, SETTINGS, TOTAL, FaultyEnv
+from tests.toy_envs import WalkEnv
 
 BOTH = pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv])
 

@@ -1,0 +1,195 @@
+"""What users can get wrong: arguments out of range, or that don't fit each other or the env, and what to do about it."""
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from sb3_dppo.buffers import DenoisingRolloutBuffer
+from sb3_dppo.diffusion.sampler import SamplerConfig
+from sb3_dppo.runs.faults import ON_BAD_ENV
+from sb3_dppo.schedules import make_schedule
+
+SAMPLER_ARGUMENTS = tuple(field.name for field in fields(SamplerConfig))
+# Of SB3's own policies, and why a diffusion policy has no use for them.
+OTHER_NOISE = "a diffusion policy explores with the noise of its denoising steps, see min_sampling_std"
+NOT_ARGUMENTS = {
+    **dict.fromkeys(("use_sde", "log_std_init", "full_std", "use_expln"), OTHER_NOISE),
+    "squash_output": "actions are scaled to the bounds of the action space",
+    "ortho_init": "its networks begin with PyTorch's initial weights",
+}
+
+# Numbers of DPPO that must be at least or above something.
+AT_LEAST_ONE = ("n_steps", "batch_size", "n_epochs", "n_accumulate", "eta_update_interval")
+NOT_NEGATIVE = ("clip_range_base", "vf_coef", "bc_coef", "kl_coef", "critic_warmup")
+POSITIVE = ("max_grad_norm", "target_kl")
+FRACTIONS = ("gamma", "gae_lambda")
+SCHEDULES = ("learning_rate", "critic_learning_rate", "eta_learning_rate", "clip_range", "clip_range_vf", "min_sampling_std")
+OPTIONAL = ("n_accumulate", "clip_range_base", "max_grad_norm", "target_kl", "clip_range_vf")
+CHOICES: dict[str, tuple[Any, ...]] = dict(
+    shuffle=("pairs", "decisions", None), on_bad_env=ON_BAD_ENV, normalize_advantage=(True, False)
+)
+
+
+def check_names(arguments: Iterable[str]) -> None:
+    """
+    :param arguments: Names of what a policy was given besides its own arguments.
+    :raises ValueError: for an argument of SB3's policies that has no meaning here, saying why.
+    :raises TypeError: for another that is none of the sampler's settings.
+    """
+    for name in arguments:
+        if name in NOT_ARGUMENTS:
+            raise ValueError(f"{name} is not an argument of diffusion policies: {NOT_ARGUMENTS[name]}. Leave it out.")
+        if name not in SAMPLER_ARGUMENTS:
+            raise TypeError(f"{name!r} is not an argument of diffusion policies, nor a setting of SamplerConfig.")
+
+
+def check_action_space(action_space: spaces.Space) -> None:
+    """
+    :param action_space: Action space of an env.
+    :raises ValueError: if a diffusion policy can't act in it, saying what can be done.
+    """
+    if not isinstance(action_space, spaces.Box):
+        raise ValueError(
+            f"env has the action space {action_space}, but diffusion policies are for continuous actions "
+            "(a gymnasium.spaces.Box): use another algorithm, such as PPO, for discrete ones."
+        )
+    if action_space.dtype is None or action_space.dtype.kind != "f":
+        raise ValueError(
+            f"env has the action space {action_space}, but diffusion policies need one of floating-point numbers."
+        )
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(action_space.high.astype(np.float32) - action_space.low.astype(np.float32)).all()
+    if not finite:
+        raise ValueError(
+            f"env has the action space {action_space} with infinite bounds, but chunks are scaled to the bounds: "
+            "drop gymnasium.wrappers.ClipAction if that is where they come from (actions are clipped to the bounds anyway), "
+            "or wrap the env in gymnasium.wrappers.RescaleAction."
+        )
+
+
+def check_training_arguments(model: Any) -> None:
+    """
+    Check what only matters for training: a loaded model may have another number of envs, or never be trained.
+
+    :param model: A DPPO model.
+    :raises TypeError: for an argument of another type, naming it.
+    :raises ValueError: for one that is out of range or does not fit the others, naming it.
+    """
+    _check_ranges(model)
+    act_steps, n_steps = model.policy.sampler.act_steps, model.policy.sampler.ft_denoising_steps
+    if model.n_steps % act_steps != 0:
+        raise ValueError(
+            f"n_steps={model.n_steps} must be a multiple of act_steps={act_steps}, because all envs plan together every "
+            f"act_steps env steps: use {max(1, round(model.n_steps / act_steps)) * act_steps}."
+        )
+    base, clip_range = model.clip_range_base, make_schedule("clip_range", model.clip_range)
+    if base is not None and base > clip_range(1.0) == clip_range(0.0):
+        raise ValueError(f"clip_range_base={base} must not exceed clip_range={clip_range(1.0)}: it is for the noisiest step.")
+    if model.normalize_advantage:
+        n_decisions = model.n_envs * model.n_steps // act_steps
+        if n_decisions < 2:
+            raise ValueError(
+                f"n_steps={model.n_steps} with n_envs={model.n_envs} and act_steps={act_steps} means one decision in a "
+                "rollout, whose advantage can't be normalised: use more, or normalize_advantage=False."
+            )
+        smallest = 2 * n_steps if model.shuffle_mode == "decisions" else 2
+        if model.batch_size < smallest:
+            raise ValueError(
+                f"batch_size={model.batch_size} means minibatches of one "
+                f"{'decision' if model.shuffle_mode == 'decisions' else 'pair'}, whose advantage can't be normalised: use "
+                f"at least {smallest}, or normalize_advantage=False."
+            )
+
+
+def _check_ranges(model: Any) -> None:
+    for names, fits, rule in (
+        (AT_LEAST_ONE, lambda x: x >= 1 and not isinstance(x, float), "at least 1, a whole number"),
+        (NOT_NEGATIVE, lambda x: x >= 0, "at least 0"),
+        (POSITIVE, lambda x: x > 0, "positive"),
+        (FRACTIONS, lambda x: 0 <= x <= 1, "between 0 and 1"),
+        (("gamma_denoising",), lambda x: 0 < x <= 1, "above 0 and at most 1"),
+        (("ent_coef", "clip_range_rate"), math.isfinite, "finite"),
+    ):
+        for name in names:
+            value = getattr(model, name)
+            if value is None and name in OPTIONAL:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+                raise TypeError(f"{name}={value!r} must be a number{', or None' if name in OPTIONAL else ''}.")
+            if not fits(value):
+                raise ValueError(f"{name}={value!r} must be {rule}{', or None' if name in OPTIONAL else ''}.")
+    for name in SCHEDULES:
+        value = getattr(model, name)
+        if value is None and name in OPTIONAL:
+            continue
+        schedule, positive = make_schedule(name, value), name == "clip_range_vf"
+        if not schedule(1.0) >= 0 or (positive and schedule(1.0) == 0):
+            raise ValueError(
+                f"{name}={value!r} must {'be positive, or None for no clipping' if positive else 'not be negative'}."
+            )
+    for name, choices in CHOICES.items():
+        if getattr(model, name) not in choices:
+            raise ValueError(f"{name}={getattr(model, name)!r} is unknown: choose one of {list(choices)}.")
+    if model.ft_denoising_anneal is not None and (len(model.ft_denoising_anneal) != 2 or min(model.ft_denoising_anneal) < 1):
+        raise ValueError(
+            f"ft_denoising_anneal={model.ft_denoising_anneal} must be two positive numbers: after how many rollouts, each "
+            "time, and by how many steps ft_denoising_steps decreases."
+        )
+    low, high = model.advantage_quantiles
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"advantage_quantiles={model.advantage_quantiles} must be two numbers with 0 <= low < high <= 1.")
+    buffer_class = model.rollout_buffer_class
+    if buffer_class is not None and not issubclass(buffer_class, DenoisingRolloutBuffer):
+        raise TypeError(
+            f"rollout_buffer_class={buffer_class.__name__} keeps no denoising chains: derive it from "
+            "sb3_dppo.buffers.DenoisingRolloutBuffer."
+        )
+
+
+def warn_about_training_arguments(model: Any) -> None:
+    """
+    Warn of settings that work but are probably not meant.
+
+    :param model: A DPPO model.
+    """
+
+    def warn(message: str) -> None:
+        warnings.warn(message, stacklevel=4)
+
+    sampler = model.policy.sampler
+    n_pairs = model.n_envs * (model.n_steps // sampler.act_steps) * sampler.ft_denoising_steps
+    if model.batch_size > n_pairs:
+        warn(
+            f"batch_size={model.batch_size} is more than the {n_pairs} pairs of a rollout (n_envs={model.n_envs} × "
+            f"n_steps={model.n_steps} / act_steps={sampler.act_steps} × ft_denoising_steps={sampler.ft_denoising_steps}): "
+            "each epoch is one minibatch."
+        )
+    if not model.pretrained_on_demonstrations:
+        if sampler.n_base_steps > 0:
+            warn(
+                f"ft_denoising_steps={sampler.ft_denoising_steps}: the first {sampler.n_base_steps} denoising steps run the "
+                "base denoiser, which was never trained on demonstrations and is not trained now. Pre-train it (BC), or leave "
+                "ft_denoising_steps=None."
+            )
+        for name in ("kl_coef", "bc_coef"):
+            if getattr(model, name) > 0:
+                warn(
+                    f"{name}={getattr(model, name)} holds the policy to its base policy, which was never trained on "
+                    f"demonstrations: pre-train it (BC), or set {name}=0."
+                )
+    vec_normalize = model.get_vec_normalize_env()
+    if vec_normalize is not None and vec_normalize.norm_reward and model.scale_rewards:
+        warn(
+            "Rewards are scaled twice, by VecNormalize and by scale_rewards=True: "
+            "use VecNormalize(norm_reward=False) or scale_rewards=False."
+        )
+    if vec_normalize is not None and vec_normalize.norm_obs and model.policy.normalizer.changes_observations:
+        warn(
+            "VecNormalize changes the observations of a policy that normalises them itself, with the ranges of its "
+            "demonstrations: use VecNormalize(norm_obs=False)."
+        )

@@ -1,0 +1,478 @@
+"""How a diffusion policy is sampled: settings, denoising chains, their log-probabilities, and η of DDIM, fixed or learned."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch as th
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_dppo.diffusion.acceleration import COMPILE_OPTIONS, PRECISIONS, Compiled, CudaGraphs, precision_context, threads_for
+from sb3_dppo.diffusion.denoisers import Denoiser, make_mlp
+from sb3_dppo.diffusion.process import DenoisingChain, DenoisingProcess, gaussian_log_prob
+
+# Range of elementwise log-densities that enter a probability ratio (the reference implementation's).
+LOG_PROB_RANGE = (-5.0, 2.0)
+# The std of DDPM's deterministic mode, which is 0 at the last step only.
+DDPM_EVALUATION_STD = 1e-3
+# Hidden units of the network for a state-dependent η.
+ETA_WIDTH = 64
+
+ALTERNATIVES: dict[str, tuple[Any, ...]] = dict(
+    learn_eta=(None, "action", "state"),
+    deterministic_noise=("observation", "zero", "random"),
+    compile=COMPILE_OPTIONS,
+    precision=PRECISIONS,
+)
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """
+    The sampler's settings: what may be chosen anew whenever a trained policy is loaded.
+
+    :param act_steps: Ta, the actions of a chunk that are executed before planning again. ``None`` means the policy's
+        ``horizon``.
+    :param scheduler: "ddpm", "ddim" or another diffusers scheduler whose steps are Gaussian with a mean that is affine in the
+        sample and the denoiser's output: itself, its name, or its configuration (a mapping with ``_class_name``)
+    :param inference_steps: S, denoising steps that are run: ``None`` for all, for DDIM a divisor of ``denoising_steps``, for
+        another scheduler what it can run
+    :param eta: DDIM's η when exploring: 1 is as noisy as DDPM, 0 adds no noise but the floor below
+    :param learn_eta: DDIM only: learn η, from ``eta`` on, one for each action dimension ("action") or as a function of the
+        observation ("state"); ``None``: it stays
+    :param eta_range: Bounds of a learned η
+    :param ft_denoising_steps: K', the last denoising steps, which are fine-tuned. The others run the frozen pre-trained
+        policy. ``None`` means all.
+    :param min_sampling_std: Floor of each denoising step's std when exploring, in normalised action space [-1, 1]
+    :param min_logprob_std: Floor of the std in log-probabilities
+    :param noise_clip: Clamp of the standard normal noise of each denoising step; the initial iterate is not clamped
+    :param deterministic_noise: The noise of ``predict(deterministic=True)``: "observation" (a pseudo-random function of the
+        observation, so that behaviour is distributed as with random noise and yet the same observation gives the same
+        action), "zero" (none, which averages modes, and which a fine-tuned policy may never have seen) or "random" (drawn
+        anew each time, as the paper's evaluations do)
+    :param compile: ``True`` compiles denoising with ``torch.compile``: up to a minute at the first calls, then faster for
+        small batches; without a C++ compiler it changes nothing. "auto" runs it as CUDA graphs on a GPU and as it is on a CPU.
+    :param precision: Of the networks: "float32", "tf32" (on CUDA) or "bfloat16". Chains, log-probabilities and losses are
+        computed in float32 in any case.
+    :raises ValueError: naming the setting that is out of range or does not fit the others
+    """
+
+    act_steps: int | None = None
+    scheduler: Any = "ddpm"
+    inference_steps: int | None = None
+    eta: float = 1.0
+    learn_eta: str | None = None
+    eta_range: tuple[float, float] = (0.1, 1.0)
+    ft_denoising_steps: int | None = None
+    min_sampling_std: float = 0.2
+    min_logprob_std: float = 0.2
+    noise_clip: float = 3.0
+    deterministic_noise: str = "observation"
+    compile: bool | str = "auto"
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name, choices in ALTERNATIVES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {list(choices)}.")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta} must be between 0 and 1.")
+        low, high = self.eta_range
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"eta_range={self.eta_range} must be two numbers with 0 <= low < high <= 1.")
+        if self.noise_clip is None or not self.noise_clip > 0:
+            raise ValueError(f"noise_clip={self.noise_clip} must be positive: use a large number for no clamp.")
+        if not self.min_sampling_std >= 0:
+            raise ValueError(f"min_sampling_std={self.min_sampling_std} must not be negative.")
+        if not self.min_logprob_std > 0:
+            raise ValueError(
+                f"min_logprob_std={self.min_logprob_std} must be positive: the last step has no noise of its own."
+            )
+
+    def check(self, process: DenoisingProcess, horizon: int) -> None:
+        """
+        :param process: The denoising process that these settings make of the trained model's.
+        :param horizon: Tp, actions in a chunk.
+        :raises ValueError: naming the setting that does not fit them.
+        """
+        if self.act_steps is not None and not 1 <= self.act_steps <= horizon:
+            raise ValueError(
+                f"act_steps={self.act_steps} must be between 1 and horizon={horizon}: a chunk has no more actions."
+            )
+        if self.ft_denoising_steps is not None and not 1 <= self.ft_denoising_steps <= process.inference_steps:
+            raise ValueError(
+                f"ft_denoising_steps={self.ft_denoising_steps} must be between 1 and the {process.inference_steps} steps that "
+                f"are run (inference_steps={self.inference_steps}, denoising_steps={process.denoising_steps})."
+            )
+        if self.learn_eta is not None and not process.is_ddim:
+            raise ValueError(f"learn_eta={self.learn_eta!r}: only DDIM has an η to learn, so use scheduler='ddim'.")
+
+
+class DiffusionNetworks(Protocol):
+    """
+    What :class:`DiffusionSampler` needs.
+
+    :param process: The denoising process that the sampler's settings make of the trained model's.
+    :param denoiser: The denoiser that is trained.
+    :param base_denoiser: The frozen denoiser.
+    :param eta_network: From features to the offset of a learned η, of :func:`make_eta_network`.
+    """
+
+    process: DenoisingProcess
+    denoiser: Denoiser
+    base_denoiser: Denoiser
+    eta_network: nn.Sequential
+
+
+class DiffusionSampler:
+    """
+    Samples chunks of actions from two denoisers, the trained one for the last K' steps and the frozen base for those before,
+    and computes the log-probabilities of what was sampled.
+
+    :param config: The settings.
+    :param networks: The module that has the networks, for instance a policy.
+    :param chunk_shape: (Tp, Da).
+    :raises ValueError: naming the setting that does not fit the model.
+    """
+
+    def __init__(self, config: SamplerConfig, networks: Any, chunk_shape: tuple[int, int]) -> None:
+        self.networks: DiffusionNetworks = networks
+        self.chunk_shape = chunk_shape
+        self.compiled_denoise = Compiled(self._denoise)
+        self.denoise_graphs = CudaGraphs(self._denoise)
+        self.config = config
+
+    @property
+    def config(self) -> SamplerConfig:
+        """
+        :return: The settings. They can be replaced.
+        """
+        return self._config
+
+    @config.setter
+    def config(self, config: SamplerConfig) -> None:
+        config.check(self.process, self.chunk_shape[0])
+        self._config = config
+        self.forget()
+
+    def forget(self) -> None:
+        """
+        Forget what was computed or recorded with the settings, and at the addresses, that the sampler had.
+        """
+        self._stds: dict[bool, tuple[th.Tensor, th.Tensor]] = {}
+        self.denoise_graphs.clear()
+
+    @property
+    def process(self) -> DenoisingProcess:
+        """
+        :return: The denoising process.
+        """
+        return self.networks.process
+
+    @property
+    def inference_steps(self) -> int:
+        """
+        :return: S.
+        """
+        return self.process.inference_steps
+
+    @property
+    def ft_denoising_steps(self) -> int:
+        """
+        :return: K'.
+        """
+        steps = self.config.ft_denoising_steps
+        return self.inference_steps if steps is None else steps
+
+    @property
+    def n_base_steps(self) -> int:
+        """
+        :return: S - K', the steps that the base denoiser runs, which is the position in the process of denoising index 0.
+        """
+        return self.inference_steps - self.ft_denoising_steps
+
+    @property
+    def act_steps(self) -> int:
+        """
+        :return: Ta.
+        """
+        return self.chunk_shape[0] if self.config.act_steps is None else self.config.act_steps
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """
+        :return: A context in which the networks' products have the configured precision. Distributions stay in float32.
+        """
+        return precision_context(self.process.table.device, self.config.precision)
+
+    def draw_noise(self, n: int, generator: th.Generator | None = None) -> th.Tensor:
+        """
+        :param n: B, the number of decisions.
+        :param generator: Where to draw from; ``None`` means PyTorch's default generator.
+        :return: What :meth:`sample` takes as ``noise``: standard normal, shape (S+1, B, Tp, Da).
+        """
+        shape = (self.inference_steps + 1, n, *self.chunk_shape)
+        return th.randn(shape, device=self.process.table.device, generator=generator)
+
+    # ------------------------------------------------------------------ chains
+
+    def sample(
+        self,
+        features: th.Tensor | None,
+        base_features: th.Tensor | None,
+        noise: th.Tensor,
+        n_base_steps: int,
+        deterministic: bool = False,
+    ) -> DenoisingChain:
+        """
+        Sample one chunk per row (Ren et al. 2024, section 4.3 for the floors of the std), without gradients.
+
+        :param features: Features of the denoiser, shape (B, features_dim). ``None`` if neither it nor a learned η runs.
+        :param base_features: Features of the base denoiser, likewise.
+        :param noise: Standard normal, shape (S+1, B, Tp, Da): the initial iterate, then one per step in the order in which
+            they run, before ``noise_clip``.
+        :param n_base_steps: How many of the steps, the first ones, the base denoiser runs.
+        :param deterministic: Evaluation instead of exploration: DDPM keeps a small std except at the last step, DDIM uses
+            η = 0, and the initial iterate stays random.
+        :return: Chunks, chains and log-probabilities.
+        """
+        device = noise.device
+        with th.no_grad(), threads_for(noise.shape[1]):
+            eta = None if self.config.learn_eta is None or features is None else self.learned_eta(features)
+            tensors = (features, base_features, noise, *self._sampling_stds(deterministic, eta), eta)
+            arguments = (n_base_steps, deterministic)
+            if self.config.compile is True:
+                chain = self.compiled_denoise(device, *tensors, *arguments)
+            elif self.config.compile == "auto" and device.type == "cuda":
+                chain = self.denoise_graphs(tensors, *arguments)
+            else:
+                return self._denoise(*tensors, *arguments)
+        # Copies, for on a GPU the next call overwrites these.
+        return DenoisingChain(*(tensor.clone() for tensor in chain))
+
+    def _denoise(
+        self,
+        features: th.Tensor | None,
+        base_features: th.Tensor | None,
+        noise: th.Tensor,
+        step_std: th.Tensor,
+        log_prob_std: th.Tensor,
+        learned_eta: th.Tensor | None,
+        n_base_steps: int,
+        deterministic: bool,
+    ) -> DenoisingChain:
+        """
+        Run the denoising process: what is left of :meth:`sample` to compile.
+
+        :param features: See :meth:`sample`.
+        :param base_features: See :meth:`sample`.
+        :param noise: See :meth:`sample`.
+        :param step_std: Std of the noise that is added at each position, shape (S, 1, 1, 1) or (S, B, 1, Da).
+        :param log_prob_std: Std of the log-probabilities, shape (K', 1, 1) or (B, K', 1, Da).
+        :param learned_eta: DDIM's η, shape (B, 1, Da), if it is learned.
+        :param n_base_steps: See :meth:`sample`.
+        :param deterministic: See :meth:`sample`.
+        :return: Chunks, chains and log-probabilities.
+        """
+        process, noise_clip, first = self.process, self.config.noise_clip, self.n_base_steps
+        exploration_eta = self.config.eta if learned_eta is None else learned_eta
+        eta = 0.0 if deterministic and process.is_ddim else exploration_eta
+        with self.autocast():
+            predictions = []
+            if base_features is not None and n_base_steps > 0:
+                predictions += self.networks.base_denoiser.for_chain(base_features, process.timesteps[:n_base_steps])
+            if features is not None and n_base_steps < self.inference_steps:
+                predictions += self.networks.denoiser.for_chain(features, process.timesteps[n_base_steps:])
+            step_noise = noise[1:].clamp(-noise_clip, noise_clip) * step_std
+            sample, iterates, means = noise[0], [noise[0]], []
+            for position, (predict, added_noise) in enumerate(zip(predictions, step_noise.unbind(), strict=True)):
+                output = predict(sample).float()
+                mean, _ = process.transition(sample, output, position, eta)
+                if position >= first:
+                    # In log-probabilities η is always the one of exploration.
+                    if eta is not exploration_eta:
+                        means.append(process.transition(sample, output, position, exploration_eta)[0])
+                    else:
+                        means.append(mean)
+                sample = mean + added_noise
+                iterates.append(sample)
+        iterates[-1] = process.clip_final(sample)
+        chain = th.stack(iterates[first:], dim=1)
+        log_prob = gaussian_log_prob(chain[:, 1:], th.stack(means, dim=1), log_prob_std)
+        return DenoisingChain(iterates[-1], chain, log_prob)
+
+    def _sampling_stds(self, deterministic: bool, learned_eta: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param deterministic: See :meth:`sample`.
+        :param learned_eta: DDIM's η, shape (B, 1, Da), if it is learned.
+        :return: The std of the noise that is added at each position, shape (S, 1, 1, 1) or (S, B, 1, Da), and the std of
+            log-probabilities for each denoising index, shape (K', 1, 1) or (B, K', 1, Da).
+        """
+        if learned_eta is None and deterministic in self._stds:
+            return self._stds[deterministic]
+        eta = self.config.eta if learned_eta is None else learned_eta
+        sigma = self.process.sigmas()[:, None, None, None]
+        if not deterministic:
+            std = self._with_eta(sigma, eta).clamp(min=self.config.min_sampling_std)
+        elif self.process.is_ddim:
+            std = th.zeros_like(sigma)
+        else:
+            std = sigma.clamp(min=DDPM_EVALUATION_STD)
+            std[-1] = 0.0
+        log_prob_eta = eta if learned_eta is None else learned_eta[:, None]
+        log_prob_std = self._with_eta(sigma[self.n_base_steps :, 0], log_prob_eta).clamp(min=self.config.min_logprob_std)
+        if learned_eta is None:
+            self._stds[deterministic] = std, log_prob_std
+        return std, log_prob_std
+
+    # ------------------------------------------------------------------ single steps
+
+    def step_mean(
+        self, denoiser: Denoiser, features: th.Tensor, chain_prev: th.Tensor, denoising_index: th.Tensor, eta: Any
+    ) -> th.Tensor:
+        """
+        Means of single denoising steps, which may be different steps of different chains. Differentiable.
+
+        :param denoiser: ``denoiser`` or ``base_denoiser``.
+        :param features: Its features for each step, shape (N, features_dim).
+        :param chain_prev: Iterates before the steps, shape (N, Tp, Da).
+        :param denoising_index: Which steps, in 0 … K'-1, shape (N,).
+        :param eta: DDIM's η, a number or of shape (N, 1, Da).
+        :return: Means of the iterates after the steps, shape (N, Tp, Da).
+        """
+        with self.autocast():
+            embeddings = denoiser.embed_timesteps(self.process.timesteps[self.n_base_steps :])
+            output = denoiser(chain_prev, embeddings[denoising_index], denoiser.encode(features)).float()
+        return self.process.transition(chain_prev, output, denoising_index + self.n_base_steps, eta)[0]
+
+    def step_std(self, denoising_index: th.Tensor, eta: Any) -> th.Tensor:
+        """
+        :param denoising_index: Which steps, in 0 … K'-1, shape (N,).
+        :param eta: DDIM's η, a number or of shape (N, 1, Da).
+        :return: Their std in log-probabilities, shape (N, 1, 1) or (N, 1, Da).
+        """
+        sigma = self.process.sigmas()[self.n_base_steps :][denoising_index][:, None, None]
+        return self._with_eta(sigma, eta).clamp(min=self.config.min_logprob_std)
+
+    def chain_log_prob(self, features: th.Tensor, chain: th.Tensor) -> th.Tensor:
+        """
+        Log-probabilities of whole chains under the denoiser. Differentiable.
+
+        :param features: Its features, shape (B, features_dim).
+        :param chain: Chains, shape (B, K'+1, Tp, Da).
+        :return: Elementwise log-densities, shape (B, K', Tp, Da).
+        :raises ValueError: for chains of another length.
+        """
+        n_steps = self.ft_denoising_steps
+        if chain.shape[1] != n_steps + 1:
+            raise ValueError(f"chain has {chain.shape[1]} iterates, but ft_denoising_steps={n_steps} means {n_steps + 1}.")
+        features = features.repeat_interleave(n_steps, dim=0)
+        denoising_index = th.arange(n_steps, device=chain.device).repeat(len(chain))
+        eta = self.eta(features)
+        mean = self.step_mean(self.networks.denoiser, features, chain[:, :-1].flatten(0, 1), denoising_index, eta)
+        log_prob = gaussian_log_prob(chain[:, 1:].flatten(0, 1), mean, self.step_std(denoising_index, eta))
+        return log_prob.view_as(chain[:, 1:])
+
+    def bc_loss(self, features: th.Tensor, actions: th.Tensor, timesteps: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        """
+        The supervised loss of the denoiser (Ho et al. 2020, eq. 14).
+
+        :param features: Its features, shape (B, features_dim).
+        :param actions: Normalised chunks, shape (B, Tp, Da).
+        :param timesteps: Training timesteps in 0 … K-1, shape (B,).
+        :param noise: Standard normal, of the shape of ``actions``.
+        :return: Mean squared error to what ``prediction_type`` asks for, a scalar.
+        """
+        noisy = self.process.training_scheduler.add_noise(actions, noise, timesteps)
+        with self.autocast():
+            embeddings = self.networks.denoiser.embed_timesteps(th.arange(self.process.denoising_steps, device=actions.device))
+            output = self.networks.denoiser(noisy, embeddings[timesteps], self.networks.denoiser.encode(features))
+        return F.mse_loss(output.float(), self.process.denoising_target(actions, noise, timesteps))
+
+    # ------------------------------------------------------------------ η
+
+    def eta(self, features: th.Tensor) -> float | th.Tensor:
+        """
+        :param features: The actor's features, shape (N, features_dim).
+        :return: DDIM's η: a number, or of shape (N, 1, Da) if it is learned.
+        """
+        return self.config.eta if self.config.learn_eta is None else self.learned_eta(features)
+
+    def learned_eta(self, features: th.Tensor) -> th.Tensor:
+        """
+        What was learned is the offset from the configured ``eta``, so that a policy that has learned none begins there.
+
+        :param features: The actor's features, shape (N, features_dim).
+        :return: DDIM's η, within ``eta_range``, shape (N, 1, Da). Differentiable, but not in the features.
+        """
+        if self.config.learn_eta == "state":
+            offset = self.networks.eta_network(features.detach())
+        else:
+            # Without the features, only the last bias has a gradient.
+            bias: Any = self.networks.eta_network[-1].bias
+            offset = bias.expand(len(features), -1)
+        return _InwardClamp.apply(self.config.eta + offset, *self.config.eta_range)[:, None]
+
+    def _with_eta(self, sigma: th.Tensor, eta: float | th.Tensor) -> th.Tensor:
+        """
+        :param sigma: Std of some steps with η = 1.
+        :param eta: DDIM's η.
+        :return: Their std.
+        """
+        return eta * sigma if self.process.is_ddim else sigma
+
+
+class _InwardClamp(th.autograd.Function):
+    """
+    A clamp that passes on gradients that lead back inside, so that a parameter beyond a bound is not stuck there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: th.Tensor, low: float, high: float) -> th.Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: th.Tensor) -> tuple[th.Tensor, None, None]:
+        (x,), (low, high), gradient = ctx.saved_tensors, ctx.bounds, gradients[0]
+        # A descent step goes against the gradient.
+        outward = ((x <= low) & (gradient > 0)) | ((x >= high) & (gradient < 0))
+        return th.where(outward, 0.0, gradient), None, None
+
+
+def make_eta_network(features_dim: int, action_dim: int) -> nn.Sequential:
+    """
+    :param features_dim: Size of the observation features.
+    :param action_dim: Da.
+    :return: A network for the offset of a learned η, 0 to begin with: its last bias is that of each action dimension, and the
+        weights before it are those of the observation.
+    """
+    with th.random.fork_rng(devices=[]):  # What other networks and rollouts draw does not depend on it.
+        network = make_mlp(features_dim, action_dim, [ETA_WIDTH], nn.Mish)
+    output: Any = network[-1]
+    nn.init.zeros_(output.weight)
+    nn.init.zeros_(output.bias)
+    return network
+
+
+def mean_over_executed(values: th.Tensor, n_executed: th.Tensor) -> th.Tensor:
+    """
+    :param values: One value per element of a chunk, shape (N, Tp, Da).
+    :param n_executed: How many actions of each chunk were executed, shape (N,).
+    :return: Means over the executed actions and the action dimensions, shape (N,).
+    """
+    per_action = values.mean(dim=-1)
+    executed = th.arange(per_action.shape[-1], device=per_action.device) < n_executed[:, None]
+    return (per_action * executed).sum(dim=-1) / n_executed
+
+
+def mean_log_prob(log_prob: th.Tensor, n_executed: th.Tensor) -> th.Tensor:
+    """
+    Clamp elementwise log-densities and average them over the executed actions of each chunk.
+
+    :param log_prob: Shape (N, Tp, Da).
+    :param n_executed: Shape (N,).
+    :return: Shape (N,).
+    """
+    return mean_over_executed(log_prob.clamp(*LOG_PROB_RANGE), n_executed)

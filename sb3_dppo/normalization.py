@@ -1,0 +1,99 @@
+"""What is between the env's units and the policy's networks: observations and actions mapped to about [-1, 1]."""
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import get_flattened_obs_dim
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+
+from sb3_dppo.features.observations import vector_keys
+
+EPS = 1e-6
+
+
+class Normalizer(nn.Module):
+    """
+    An affine map for each number of the observation's vectors and of the action. To begin with, observations stay as they are
+    and actions are mapped to [-1, 1] by the bounds of their space.
+
+    :param observation_space: Observation space. Of a ``Dict``, what is neither an image nor a category is normalised.
+    :param action_space: Action space, with finite bounds.
+    :param normalize_images: See :func:`~sb3_dppo.features.observations.vector_keys`.
+    """
+
+    obs_center: th.Tensor
+    obs_scale: th.Tensor
+    action_center: th.Tensor
+    action_scale: th.Tensor
+
+    def __init__(self, observation_space: spaces.Space, action_space: spaces.Box, normalize_images: bool = True) -> None:
+        super().__init__()
+        self.action_space = action_space
+        vectors = vector_keys(observation_space, normalize_images)
+        self._vector_sizes = {key: get_flattened_obs_dim(space) for key, space in vectors.items()}
+        # One after the other for a Dict.
+        obs_shape = vectors[""].shape if "" in vectors else (sum(self._vector_sizes.values()),)
+        self.register_buffer("obs_center", th.zeros(obs_shape))
+        self.register_buffer("obs_scale", th.ones(obs_shape))
+        low, high = (th.as_tensor(bound, dtype=th.float).flatten() for bound in (action_space.low, action_space.high))
+        self.register_buffer("action_center", (low + high) / 2)
+        self.register_buffer("action_scale", (high - low) / 2)
+
+    def set_ranges(self, obs_min: np.ndarray, obs_max: np.ndarray, action_min: np.ndarray, action_max: np.ndarray) -> None:
+        """
+        Map these ranges to [-1, 1]: ``2 * ((x - min) / (max - min + 1e-6) - 0.5)``, and 0 for a dimension without range.
+
+        :param obs_min: Smallest observation, of the observation space's shape. For a ``Dict``, the flat vectors of its keys
+            that hold no images, one after the other in the order of its keys.
+        :param obs_max: Largest observation.
+        :param action_min: Smallest action, shape (Da,).
+        :param action_max: Largest action.
+        """
+        obs_low, obs_range, action_low, action_range = (
+            th.as_tensor(np.asarray(value, dtype=np.float64))
+            for value in (obs_min, np.subtract(obs_max, obs_min), action_min, np.subtract(action_max, action_min))
+        )
+        obs_half, action_half = (obs_range + EPS) / 2, (action_range + EPS) / 2
+        self.obs_center.copy_(obs_low + obs_half)
+        self.obs_scale.copy_(th.where(obs_range > 0, 1 / obs_half, 0.0))
+        self.action_center.copy_(th.where(action_range > 0, action_low + action_half, action_low))
+        self.action_scale.copy_(action_half)
+
+    @property
+    def changes_observations(self) -> bool:
+        """
+        :return: Whether observations are normalised, with ranges of demonstrations.
+        """
+        return bool((self.obs_center != 0).any() or (self.obs_scale != 1).any())
+
+    def normalize_observations(self, obs: PyTorchObs) -> PyTorchObs:
+        """
+        :param obs: Observations, shape (B, ...), or a dictionary of these.
+        :return: The same with normalised vectors.
+        """
+        if not isinstance(obs, dict):
+            return (obs.float() - self.obs_center) * self.obs_scale if self._vector_sizes else obs
+        normalized, start = dict(obs), 0
+        for key, size in self._vector_sizes.items():
+            shape, rows = obs[key].shape[1:], slice(start, start + size)
+            center, scale = self.obs_center[rows].view(shape), self.obs_scale[rows].view(shape)
+            normalized[key] = (obs[key].float() - center) * scale
+            start += size
+        return normalized
+
+    def normalize_actions(self, actions: th.Tensor) -> th.Tensor:
+        """
+        :param actions: Actions of the env, shape (..., Da).
+        :return: The same in normalised action space.
+        """
+        return (actions - self.action_center) / self.action_scale
+
+    def unnormalize_actions(self, actions: th.Tensor) -> np.ndarray:
+        """
+        :param actions: Normalised chunks, shape (B, Tp, Da).
+        :return: Actions for the env, clipped to its bounds, shape (B, Tp, *action_space.shape).
+        """
+        env_actions = (self.action_center + self.action_scale * actions).cpu().numpy()
+        env_actions = env_actions.reshape((*env_actions.shape[:-1], *self.action_space.shape))
+        return np.clip(env_actions, self.action_space.low, self.action_space.high)

@@ -1,0 +1,184 @@
+"""Rollouts of decisions: envs that plan together, chunks that are cut at the ends of episodes."""
+
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+
+from sb3_dppo.arguments import SAMPLER_ARGUMENTS, check_training_arguments
+from sb3_dppo.buffers import DenoisingRolloutBuffer, RewardScaler
+from sb3_dppo.chunks import ChunkQueue
+from sb3_dppo.diffusion.sampler import SamplerConfig
+from sb3_dppo.features.observations import stack, take
+from sb3_dppo.policies import DiffusionActorCriticPolicy
+from sb3_dppo.runs.checkpoints import RunState
+from sb3_dppo.runs.faults import check_finite
+from sb3_dppo.runs.resumable import ResumableAlgorithm
+from sb3_dppo.schedules import make_schedule
+
+
+class DecisionRollouts(ResumableAlgorithm):
+    """
+    An on-policy algorithm whose transitions are decisions.
+
+    All envs plan together every ``act_steps`` env steps. One whose episode ends in between plans again at once, alone, and
+    that chunk is cut at the next common boundary. So a decision lasts 1 … ``act_steps`` env steps.
+    """
+
+    policy: DiffusionActorCriticPolicy
+    rollout_buffer: DenoisingRolloutBuffer  # type: ignore[assignment]
+    reward_scaler: RewardScaler
+    scale_rewards: bool
+
+    def _sampler_config(self) -> SamplerConfig:
+        """
+        :return: The sampler's settings now.
+        """
+        settings = {name: getattr(self, name) for name in SAMPLER_ARGUMENTS}
+        floor = make_schedule("min_sampling_std", self.min_sampling_std)(self._current_progress_remaining)
+        return SamplerConfig(**{**settings, "min_sampling_std": max(0.0, floor)})
+
+    def _make_rollout_buffer(self) -> None:
+        buffer_class: Any = self.rollout_buffer_class or DenoisingRolloutBuffer
+        self.rollout_buffer = buffer_class(
+            self.n_steps,
+            self.observation_space,
+            self.action_space,
+            horizon=self.policy.horizon,
+            act_steps=self.policy.sampler.act_steps,
+            ft_denoising_steps=self.policy.sampler.ft_denoising_steps,
+            device=self.device,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+            n_envs=self.n_envs,
+            **self.rollout_buffer_kwargs,
+        )
+
+    def _apply_settings(self) -> None:
+        """
+        Let what was assigned to the model since the last rollout act from now on.
+        """
+        config = self._sampler_config()
+        if config != self.policy.sampler.config:
+            self.policy.configure_sampler(config)
+        sampler, buffer = self.policy.sampler, self.rollout_buffer
+        if (sampler.act_steps, sampler.ft_denoising_steps) != (buffer.act_steps, buffer.ft_denoising_steps):
+            check_training_arguments(self)
+            self._make_rollout_buffer()
+        self.rollout_buffer.gamma, self.rollout_buffer.gae_lambda = self.gamma, self.gae_lambda
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: DenoisingRolloutBuffer,  # type: ignore[override]
+        n_rollout_steps: int,
+    ) -> bool:
+        """
+        Collect decisions with the current policy and fill the rollout buffer.
+
+        :param env: The training environment
+        :param callback: Callback that will be called at each env step (and at the beginning and end of the rollout)
+        :param rollout_buffer: Buffer to fill
+        :param n_rollout_steps: Env steps per env
+        :return: Whether the rollout was completed: ``False`` if a callback stopped it
+        """
+        assert self._last_obs is not None, "No previous observation was provided"
+        self._rollout_start = RunState.of(self)
+        self._apply_settings()
+        rollout_buffer = self.rollout_buffer  # another one if the settings have changed
+        self.policy.set_training_mode(False)
+        rollout_buffer.reset()
+        act_steps = self.policy.sampler.act_steps
+        queue = ChunkQueue(env.num_envs, act_steps, self.action_space)
+        dones = np.zeros(env.num_envs, dtype=bool)
+        # Of the envs' current decisions, for callbacks.
+        values = th.zeros((env.num_envs, 1), device=self.device)
+        log_probs = th.zeros((env.num_envs, self.policy.sampler.ft_denoising_steps), device=self.device)
+
+        callback.on_rollout_start()
+
+        for n_steps in range(n_rollout_steps):
+            obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
+            planning = np.ones_like(dones) if n_steps % act_steps == 0 else dones
+            if planning.any():
+                chunks, values[planning], log_probs[planning] = self._plan(obs_tensor, np.flatnonzero(planning))
+                queue.put(planning, chunks)
+            actions = clipped_actions = queue.pop()
+
+            new_obs, rewards, dones, infos = env.step(clipped_actions)
+            if isinstance(env, VecEnvWrapper):
+                # Wrappers may have made it out of finite numbers.
+                when = self.describe_env_step()
+                check_finite("observation", new_obs, when)
+                check_finite("reward", rewards, when)
+            self.num_timesteps += env.num_envs
+
+            # Give access to local variables
+            callback.update_locals(locals())
+            if not callback.on_step():
+                self.reward_scaler.forget_episodes(env.num_envs)  # These decisions are dropped.
+                return False
+
+            self._update_info_buffer(infos, dones)
+            rollout_buffer.add_rewards(rewards)
+            self._end_episodes(dones, infos)
+            self._last_obs = new_obs  # type: ignore[assignment]
+            self._last_episode_starts = dones
+
+        with th.no_grad():
+            last_values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
+        if self.scale_rewards:
+            rollout_buffer.scale_rewards(self.reward_scaler)
+        rollout_buffer.compute_returns_and_advantage(last_values)
+        if self.on_bad_env == "reset":
+            self.logger.record("rollout/bad_env_resets", self.n_bad_env_resets)
+
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def _plan(self, obs_tensor: PyTorchObs, env_index: np.ndarray) -> tuple[np.ndarray, th.Tensor, th.Tensor]:
+        """
+        Make a decision in some envs, and keep it.
+
+        :param obs_tensor: What all envs observe, shape (n_envs, ...).
+        :param env_index: Which envs, shape (B,).
+        :return: Chunks for these envs, shape (B, Tp, *action_space.shape), values of their observations, shape (B, 1), and
+            mean log-probabilities of the denoising steps, shape (B, K').
+        """
+        obs = take(obs_tensor, env_index)
+        sampled = self.policy.sample_chain(obs)
+        chunks = self.policy.normalizer.unnormalize_actions(sampled.actions)
+        # After the actions have left a GPU, so that it works while the envs step.
+        with th.no_grad():
+            values = self.policy.predict_values(obs)
+        self.rollout_buffer.add(env_index, obs, sampled.chain, sampled.log_prob, values)
+        return chunks, values, sampled.log_prob.mean(dim=(2, 3))
+
+    def _end_episodes(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
+        """
+        Tell the buffer which episodes have ended, with the value of the last observation of those that were truncated.
+
+        :param dones: Which episodes have ended, shape (n_envs,).
+        :param infos: What the envs said of the last step.
+        """
+        ended = np.flatnonzero(dones)
+        if len(ended) == 0:
+            return
+        bootstrap_values = np.zeros(len(ended))
+        last_obs = [infos[env_index].get("terminal_observation") for env_index in ended]
+        truncated = [
+            i
+            for i, env_index in enumerate(ended)
+            if infos[env_index].get("TimeLimit.truncated", False) and last_obs[i] is not None
+        ]
+        if truncated:
+            with th.no_grad():
+                tensor = obs_as_tensor(stack([last_obs[i] for i in truncated]), self.device)
+                bootstrap_values[truncated] = self.policy.predict_values(tensor).cpu().numpy().flatten()
+        self.rollout_buffer.end_episodes(ended, bootstrap_values)

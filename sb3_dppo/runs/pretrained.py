@@ -1,0 +1,38 @@
+"""Saved models to start from."""
+
+import warnings
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.save_util import load_from_zip_file
+
+
+def read_pretrained(model: Any, path: str) -> dict[str, th.Tensor]:
+    """
+    Take over the architecture of a saved model.
+
+    :param model: A new model, not set up yet.
+    :param path: Path of the saved one.
+    :return: The state dict of its policy.
+    :raises ValueError: if it is of another policy class or of an env with other spaces.
+    """
+    data, params, _ = load_from_zip_file(path, device=model.device)
+    if not data or "policy_class" not in data:
+        raise ValueError(f"pretrained={path!r} is not a saved DPPO model.")
+    if data["policy_class"].__name__ != model.policy_class.__name__:
+        raise ValueError(
+            f"pretrained={path!r} holds a {data['policy_class'].__name__}, not a {model.policy_class.__name__}: "
+            f"pass policy={data['policy_class'].__name__!r}."
+        )
+    for name in ("observation_space", "action_space"):
+        if data[name] != getattr(model, name):
+            raise ValueError(f"pretrained={path!r} was made for the {name} {data[name]}, not for {getattr(model, name)}.")
+    for name, value in model.policy_kwargs.items():
+        if name not in data["policy_kwargs"] or data["policy_kwargs"][name] != value:
+            warnings.warn(
+                f"policy_kwargs[{name!r}]={value} is ignored: the architecture is that of pretrained={path!r}.",
+                stacklevel=3,
+            )
+    model.policy_kwargs = data["policy_kwargs"]
+    model.pretrained_on_demonstrations = data.get("pretrained_on_demonstrations", False)
+    return params["policy"]  # type: ignore[return-value]
