@@ -8,7 +8,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-TARGET = "rl_zoo3.exp_manager"
+# The modules of rl_zoo3 that DPPO is registered with, and what they have when they have run. All scripts import the first.
+TARGETS = {"rl_zoo3.utils": "ALGOS", "rl_zoo3.exp_manager": "ExperimentManager"}
 
 
 def _register() -> None:
@@ -34,12 +35,26 @@ class _RegisteringLoader:
         _register()
 
 
+class _RunningModule(ModuleType):
+    """
+    A module that was running when PyTorch was imported, usually by that module: DPPO is registered when the module has run,
+    as soon as another one asks for what it has.
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name in TARGETS.values():
+            self.__class__ = ModuleType  # type: ignore[assignment]
+            _register()
+        return value
+
+
 class _ZooFinder:
-    """Finds nothing but the module of rl_zoo3 after which DPPO must be registered."""
+    """Finds nothing but the modules of rl_zoo3 after which DPPO must be registered."""
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != TARGET:
+        if name not in TARGETS:
             return None
         specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not cls)
         spec = next((spec for spec in specs if spec is not None), None)
@@ -55,5 +70,9 @@ def activate() -> None:
     if _ZooFinder in sys.meta_path:
         return
     sys.meta_path.insert(0, _ZooFinder)  # type: ignore[arg-type]
-    if TARGET in sys.modules:
+    loaded = {name: sys.modules[name] for name in TARGETS if isinstance(sys.modules.get(name), ModuleType)}
+    for name, module in loaded.items():
+        if not hasattr(module, TARGETS[name]):
+            module.__class__ = _RunningModule
+    if any(hasattr(module, TARGETS[name]) for name, module in loaded.items()):
         _register()

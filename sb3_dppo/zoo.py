@@ -3,33 +3,38 @@
 import functools
 import inspect
 import json
+import os
+import re
 import runpy
 import sys
 import zipfile
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import optuna
-from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
-from rl_zoo3.utils import ALGOS
+from typing import TYPE_CHECKING, Any
 
 from sb3_dppo.dppo import DPPO
+
+if TYPE_CHECKING:
+    import optuna
 
 HYPERPARAMS = Path(str(files("sb3_dppo.hyperparams")))
 
 
 def register() -> None:
     """
-    Make rl_zoo3 know the algorithm "dppo": train, enjoy, hyperparameters from YAML and their optimisation.
+    Make what has been imported of rl_zoo3 know the algorithm "dppo": all scripts take it, and with
+    ``rl_zoo3.exp_manager`` there are its hyperparameters from YAML and their optimisation.
     """
-    from rl_zoo3.exp_manager import ExperimentManager
-
-    ALGOS["dppo"] = DPPO
-    HYPERPARAMS_SAMPLER["dppo"] = sample_dppo_params
-    HYPERPARAMS_CONVERTER["dppo"] = convert_dppo_params
-    if not hasattr(ExperimentManager.__init__, "__wrapped__"):
-        ExperimentManager.__init__ = _with_packaged_hyperparams(ExperimentManager.__init__)  # type: ignore[method-assign]
+    utils, experiments = (sys.modules.get(f"rl_zoo3.{name}") for name in ("utils", "exp_manager"))
+    if utils is not None:
+        utils.ALGOS["dppo"] = DPPO
+    manager = getattr(experiments, "ExperimentManager", None)
+    if experiments is not None and manager is not None and "dppo" not in experiments.HYPERPARAMS_SAMPLER:
+        experiments.HYPERPARAMS_SAMPLER["dppo"] = sample_dppo_params
+        experiments.HYPERPARAMS_CONVERTER["dppo"] = convert_dppo_params
+        manager.__init__ = _with_packaged_hyperparams(manager.__init__)
+        manager.objective = _with_fixed_hyperparams(manager.objective)
 
 
 def _with_packaged_hyperparams(init: Any) -> Any:
@@ -63,7 +68,43 @@ def hyperparams_file(trained_agent: str = "") -> Path:
     return HYPERPARAMS / "dppo.yml"
 
 
-def sample_dppo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+def _with_fixed_hyperparams(objective: Any) -> Any:
+    """
+    rl_zoo3 samples hyperparameters without a look at those that the user fixes.
+
+    :param objective: ``ExperimentManager.objective``.
+    :return: The same, where a trial of "dppo" begins with parameters that follow from the fixed ones. Among the trial's own,
+        they are there when it is trained again (``--trial-id``), too.
+    """
+
+    @functools.wraps(objective)
+    def wrapped(manager: Any, trial: "optuna.Trial") -> float:
+        if manager.algo == "dppo":
+            act_steps = _act_steps(manager)
+            trial.suggest_int("act_steps", act_steps, act_steps)
+            if not {"min_sampling_std", "min_logprob_std"} & set(manager._hyperparams):
+                trial.suggest_float("min_std", 0.03, 0.3, log=True)
+        return objective(manager, trial)
+
+    return wrapped
+
+
+@functools.cache
+def _act_steps(manager: Any) -> int:
+    """
+    :param manager: An ``ExperimentManager`` that has read its hyperparameters.
+    :return: ``act_steps`` of the models that it makes, which may follow from policy, ``policy_kwargs`` or ``pretrained``.
+    """
+    env = manager.create_envs(1, no_log=True)
+    try:
+        model = DPPO(env=env, device=manager.device, _init_setup_model=False, **manager._hyperparams)
+        model._setup_model()
+        return model.policy.act_steps
+    finally:
+        env.close()
+
+
+def sample_dppo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
     Sampler for DPPO hyperparams. It leaves out what a pre-trained policy fixes (``policy_kwargs``) or limits
     (``act_steps``, ``ft_denoising_steps``, the scheduler), so that it also serves with ``pretrained`` in the YAML.
@@ -84,7 +125,6 @@ def sample_dppo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
     trial.suggest_categorical("gamma_denoising", [0.8, 0.9, 0.95, 0.99, 1.0])
     trial.suggest_float("clip_range", 0.01, 0.2, log=True)
     trial.suggest_float("clip_range_base_fraction", 0.1, 1.0, log=True)
-    trial.suggest_float("min_sampling_std", 0.03, 0.3, log=True)
     return convert_dppo_params(trial.params)
 
 
@@ -96,20 +136,37 @@ def convert_dppo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     params = dict(sampled_params)
     for name in ("gamma", "gae_lambda"):
         params[name] = 1 - params.pop(f"one_minus_{name}")
-    for name in ("n_steps", "batch_size"):
-        params[name] = 2 ** params.pop(f"{name}_pow")
+    params["batch_size"] = 2 ** params.pop("batch_size_pow")
+    # A multiple of ``act_steps``, and more than one decision.
+    act_steps = params.pop("act_steps", 1)
+    params["n_steps"] = act_steps * max(2, round(2 ** params.pop("n_steps_pow") / act_steps))
     params["clip_range_base"] = params["clip_range"] * params.pop("clip_range_base_fraction")
+    if "min_std" in params:
+        # One floor for both, so that log-probabilities are those of the noise that was drawn.
+        params["min_sampling_std"] = params["min_logprob_std"] = params.pop("min_std")
     return params
+
+
+def scripts() -> list[str]:
+    """
+    :return: The programs among rl_zoo3's modules, such as "train" and "plots.plot_train".
+    """
+    spec = find_spec("rl_zoo3")
+    assert spec is not None and spec.submodule_search_locations, "rl_zoo3 is not installed"
+    folder = Path(spec.submodule_search_locations[0])
+    programs = [path for path in sorted(folder.rglob("*.py")) if re.search(r"__main__|parse_args", path.read_text("utf-8"))]
+    return [".".join(path.relative_to(folder).with_suffix("").parts) for path in programs]
 
 
 def main() -> None:
     """
     ``python -m sb3_dppo.zoo train …``: rl_zoo3's scripts where PyTorch's plug-ins are switched off.
     """
-    scripts = ("train", "enjoy", "record_video")
-    if len(sys.argv) < 2 or sys.argv[1] not in scripts:
-        sys.exit(f"usage: python -m sb3_dppo.zoo {{{','.join(scripts)}}} …, with the arguments of rl_zoo3.…")
-    register()
+    names = scripts()
+    if len(sys.argv) < 2 or sys.argv[1] not in names:
+        sys.exit(f"usage: python -m sb3_dppo.zoo {{{','.join(names)}}} …, with the arguments of rl_zoo3.…")
+    # Some scripts start others, which are to know DPPO, too. This process has registered it with `import sb3_dppo`.
+    os.environ.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
     runpy.run_module(f"rl_zoo3.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
 
 

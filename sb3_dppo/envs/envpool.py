@@ -44,7 +44,7 @@ class EnvPoolVecEnv(VecMonitor):
 
 def use_envpool(venv: VecEnv) -> VecEnv:
     """
-    RL Zoo's door to :class:`EnvPoolVecEnv`: the hyperparameter ``vec_env_wrapper: sb3_dppo.envs.envpool.use_envpool``.
+    RL Zoo's door to :class:`EnvPoolVecEnv`: the hyperparameter ``vec_env_wrapper: sb3_dppo.envs.use_envpool``.
 
     :param venv: The zoo's envs.
     :return: EnvPool's in their place, with the same seeds, arguments and folder of logs; those that are rendered stay.

@@ -16,7 +16,7 @@ from sb3_dppo import DPPO
 from sb3_dppo.envs.envpool import EnvPoolVecEnv, use_envpool
 from tests.test_zoo import SMALL, run, train
 
-USE_ENVPOOL = "vec_env_wrapper:'sb3_dppo.envs.envpool.use_envpool'"
+USE_ENVPOOL = "vec_env_wrapper:'sb3_dppo.envs.use_envpool'"
 
 
 def test_error_without_envpool(monkeypatch: pytest.MonkeyPatch) -> None:
