@@ -1,5 +1,6 @@
 """Pre-training."""
 
+import gc
 import subprocess
 import sys
 import tracemalloc
@@ -10,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch as th
+from diffusers.training_utils import EMAModel
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
@@ -32,6 +34,7 @@ from tests.demonstrations.files import (
     make_image_model,
 )
 from tests.features.test_observations import VectorBoxDictEnv, VectorDictEnv
+from tests.toy_envs import CountingEnv
 
 SMALL = dict(net_arch=dict(pi=[32], vf=[16]), denoising_steps=5, horizon=4)
 
@@ -129,9 +132,67 @@ def test_interruption_keeps_what_was_learned(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(model.policy, "bc_loss", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        BC(model, make_demonstrations(), batch_size=10).train(10, progress_bar=False)
+        BC(model, make_demonstrations(), batch_size=10, ema_update_every=100).train(10, progress_bar=False)
     assert any(not th.equal(a, b) for a, b in zip(before, model.policy.denoiser.parameters(), strict=True))
     assert model.pretrained_on_demonstrations
+
+
+def test_ema_counts_the_steps_of_the_whole_training_and_sees_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    updated_at: list[int] = []
+    model, update = make_model(), EMAModel.step
+    calls, loss = [0], model.policy.bc_loss
+
+    def count(*args: Any) -> th.Tensor:
+        calls[0] += 1
+        return loss(*args)
+
+    monkeypatch.setattr(model.policy, "bc_loss", count)
+    monkeypatch.setattr(EMAModel, "step", lambda self, parameters: updated_at.append(calls[0]) or update(self, parameters))
+    BC(model, make_demonstrations(), batch_size=42).train(3, progress_bar=False)
+    assert calls == [21] and updated_at == [10, 20, 21]
+
+
+def test_a_short_training_returns_what_it_learned() -> None:
+    weights = []
+    for kwargs in (dict(), dict(ema_decay=0.0, ema_update_every=1)):  # the second without an average
+        model = make_model()
+        BC(model, make_demonstrations(), batch_size=42, **kwargs).train(1, progress_bar=False)  # type: ignore[arg-type]
+        weights.append(th.nn.utils.parameters_to_vector(model.policy.denoiser.parameters()))
+    th.testing.assert_close(*weights, rtol=0, atol=1e-6)
+
+
+def test_chunks_are_gathered_for_a_minibatch_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    n = 100_000
+    demonstrations = Demonstrations(np.zeros((n, 3), np.float32), np.zeros((n, 2), np.float32), np.array([n]))
+    kwargs: dict[str, Any] = dict(policy_kwargs=dict(SMALL, horizon=16), n_steps=16, device="cpu")
+    model = DPPO("DiffusionMlpPolicy", CountingEnv(), **kwargs)
+    held = []
+
+    def measure(observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        storages = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) is th.Tensor
+        }
+        held.append(sum(storages.values()) + tracemalloc.get_traced_memory()[1])
+        assert actions.shape == (len(observations), 16, 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.policy, "bc_loss", measure)
+    tracemalloc.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            BC(model, demonstrations).train(1, progress_bar=False)
+    finally:
+        tracemalloc.stop()
+    # All chunks would be 16 times the actions.
+    assert held[0] < 8 * demonstrations.actions.nbytes, held[0]
+
+
+def test_bad_numbers() -> None:
+    for name in ("batch_size", "ema_update_every", "n_eval_episodes", "eval_freq"):
+        with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+            BC(make_model(), make_demonstrations(), **{name: 0})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="n_epochs=0 must be at least 1"):
+        BC(make_model(), make_demonstrations()).train(0)
 
 
 @pytest.mark.parametrize(

@@ -132,9 +132,7 @@ def _env_and_policy(args: argparse.Namespace) -> tuple[gym.Env, Predict]:
 
 
 def main() -> None:
-    """
-    The command line: inspect, convert and collect demonstrations.
-    """
+    """The command line."""
     parser = _parser()
     args = parser.parse_args()
     try:

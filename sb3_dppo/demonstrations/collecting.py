@@ -63,16 +63,15 @@ def collect_demonstrations(
 
 def _record_episode(env: gym.Env, predict: Predict, seed: int | None) -> dict[str, np.ndarray]:
     """Columns of an episode, as :class:`~sb3_dppo.demonstrations.episodes.Episodes` takes them."""
-    assert isinstance(env.action_space, spaces.Box)
-    low, high = env.action_space.low, env.action_space.high
+    space: Any = env.action_space
     rows: dict[str, list[Any]] = {"actions": []}
     obs, state, done = env.reset(seed=seed)[0], None, False
     while not done:
         action, state = predict(obs, state, np.array([not rows["actions"]]))
         action = np.asarray(action)
-        if action.shape != low.shape:
-            raise ValueError(f"The policy's action has the shape {action.shape}, but the env's are of shape {low.shape}.")
-        action = np.clip(action, low, high).astype(env.action_space.dtype)
+        if action.shape != space.shape:
+            raise ValueError(f"The policy's action has the shape {action.shape}, but the env's are of shape {space.shape}.")
+        action = np.clip(action, space.low, space.high).astype(space.dtype)
         # Copies: an env may give the same array again.
         row: dict[str, Any] = {
             f"obs/{key}": np.array(value) for key, value in (obs if isinstance(obs, dict) else {"": obs}).items()

@@ -51,8 +51,7 @@ class Demonstrations:
             if len(rows) != n:
                 first = next(iter(rows_of))
                 raise ValueError(f"{name} has {len(rows)} rows, but {first} has {n}: there must be one per transition.")
-            finite = np.isfinite(np.asarray(rows)).reshape(n, -1).all(axis=1) if rows.dtype.kind == "f" else np.ones(1, bool)
-            if not finite.all():
+            if rows.dtype.kind == "f" and not (finite := np.isfinite(np.asarray(rows)).reshape(n, -1).all(axis=1)).all():
                 raise ValueError(f"{name} is NaN or infinite in transition {int(finite.argmin())}: remove its episode.")
         lengths = self.traj_lengths
         if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 1).any():
@@ -70,47 +69,35 @@ class Demonstrations:
 
     @property
     def summary(self) -> str:
-        """
-        :return: How much there is, and the mean and standard deviation of the returns where they are known.
-        """
+        """How much there is, and the mean and standard deviation of the returns where they are known."""
         returns = self.returns
         known = "" if returns is None else f", return {returns.mean():.2f} ± {returns.std():.2f}"
         return f"{self.n_episodes} episodes, {len(self)} transitions{known}"
 
     @property
     def parts(self) -> dict[str, Rows]:
-        """
-        :return: Observations by key, under the empty key if they are a single array.
-        """
+        """Observations by key, under the empty key if they are a single array."""
         return self.observations if isinstance(self.observations, dict) else {"": self.observations}
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
-        """
-        :return: What else is known of each transition, by the names of the fields: "actions" always.
-        """
+        """What else is known of each transition, by the names of the fields: "actions" always."""
         columns = {name: getattr(self, name) for name in ("actions", "rewards", "terminals", "truncations")}
         return {name: values for name, values in columns.items() if values is not None}
 
     @property
     def n_episodes(self) -> int:
-        """
-        :return: E, the number of episodes.
-        """
+        """E, the number of episodes."""
         return len(self.traj_lengths)
 
     @property
     def starts(self) -> np.ndarray:
-        """
-        :return: Index of the first transition of each episode, shape (E,).
-        """
+        """Index of the first transition of each episode, shape (E,)."""
         return np.cumsum(self.traj_lengths) - self.traj_lengths
 
     @property
     def returns(self) -> np.ndarray | None:
-        """
-        :return: Sum of rewards of each episode, shape (E,), or ``None`` where rewards are not known.
-        """
+        """Sum of rewards of each episode, shape (E,), or ``None`` where rewards are not known."""
         return None if self.rewards is None else np.add.reduceat(self.rewards.astype(np.float64), self.starts)
 
     def first(self, n_episodes: int) -> "Demonstrations":
@@ -139,7 +126,7 @@ class Demonstrations:
         check_output(path)
         known = self.parts, self.columns, self.traj_lengths, self.env_id
         if str(path).startswith("minari:"):
-            write_minari(str(path), *known)
+            write_minari(str(path).removeprefix("minari:"), *known)
         else:
             write_npz(Path(path), *known)
 
@@ -178,8 +165,8 @@ class Demonstrations:
 
 def stacking_axis(rows: Rows) -> int:
     """
-    The axis along which ``VecFrameStack`` stacks observations of shape (N, ...): that of the channels of images, of which there
-    are fewer than rows and columns of pixels, and else the last.
+    The axis along which ``VecFrameStack`` stacks observations of shape (N, ...): that of the channels of images, of which
+    there are fewer than rows and columns of pixels, and else the last.
     """
     return 1 if is_image(rows) and np.argmin(rows.shape[1:]) == 0 else -1
 

@@ -17,15 +17,15 @@ from sb3_dppo.features.observations import parts_of_space
 
 def from_minari_id(dataset_id: str, selection: Selection | None) -> dict[str, Any]:
     name = dataset_id.removeprefix("minari:")
-    not_found = f"source={dataset_id!r} is not "
-    if name == dataset_id:
-        not_found = f"source={dataset_id!r} is neither a bundled set ({bundled_demonstrations()}), nor an .npz file, nor "
+    others = f"neither a bundled set ({bundled_demonstrations()}), nor an .npz file, nor" if name == dataset_id else "not"
     try:
         import minari
     except ImportError as error:
-        raise ValueError(f"{not_found}a Minari dataset, which need `pip install sb3-dppo[minari]`.") from error
+        raise ValueError(
+            f"source={dataset_id!r} is {others} a Minari dataset, which need `pip install sb3-dppo[minari]`."
+        ) from error
     if name not in minari.list_local_datasets():
-        raise ValueError(f"{not_found}a local Minari dataset: get it with `minari download {name}`.")
+        raise ValueError(f"source={dataset_id!r} is {others} a local Minari dataset: get it with `minari download {name}`.")
     return from_minari(minari.load_dataset(name), selection)
 
 
@@ -60,14 +60,9 @@ def from_minari(dataset: Any, selection: Selection | None) -> dict[str, Any]:
 
 
 def write_minari(
-    dataset_id: str,
-    parts: Mapping[str, Rows],
-    columns: Mapping[str, np.ndarray],
-    traj_lengths: np.ndarray,
-    env_id: str | None,
+    name: str, parts: Mapping[str, Rows], columns: Mapping[str, np.ndarray], traj_lengths: np.ndarray, env_id: str | None
 ) -> None:
     """Write a local Minari dataset, one episode at a time, of fields of ``Demonstrations``."""
-    name = check_new_minari_id(dataset_id)
     import minari
     from minari.data_collector import EpisodeBuffer
 
@@ -77,11 +72,8 @@ def write_minari(
     }
     n = len(columns["actions"])
     known: dict[str, np.ndarray] = dict(rewards=np.zeros(n), terminals=np.zeros(n), truncations=np.zeros(n)) | dict(columns)
-    dataset: Any = None
-    ends = np.cumsum(traj_lengths)
-    for start, end in tqdm(
-        zip(ends - traj_lengths, ends, strict=True), desc="write", unit="episode", delay=1, total=len(ends)
-    ):
+    dataset, ends = None, np.cumsum(traj_lengths)
+    for start, end in tqdm(list(zip(ends - traj_lengths, ends, strict=True)), desc="write", unit="episode", delay=1):
         # The observation after the last action is not known: the last one is repeated.
         observations = {key: rows[np.minimum(np.arange(start, end + 1), end - 1)] for key, rows in parts.items()}
         terminations, truncations = (known[name][start:end].astype(bool) for name in ("terminals", "truncations"))
@@ -108,8 +100,8 @@ def write_minari(
         )
 
 
-def check_new_minari_id(dataset_id: str) -> str:
-    """The id after "minari:", if Minari is installed, takes it and has no such dataset yet."""
+def check_new_minari_id(dataset_id: str) -> None:
+    """Refuse an id, after "minari:", that Minari does not take or has already, before the work of making the dataset."""
     try:
         import minari
         from minari.dataset.minari_dataset import parse_dataset_id
@@ -122,4 +114,3 @@ def check_new_minari_id(dataset_id: str) -> str:
         raise ValueError(f"{dataset_id!r} names no Minari dataset, as 'minari:hopper/mine-v0' does ({error}).") from error
     if name in minari.list_local_datasets():
         raise ValueError(f"{dataset_id!r} exists: choose another id, or delete it with `minari delete {name}`.")
-    return name

@@ -27,7 +27,8 @@ def from_trajectories(trajectories: Sequence[Any], selection: Selection | None) 
         keys = keys or set(parts)
         if keys != set(parts):
             raise ValueError(f"source[{i}] has the observations {sorted(parts)}, but source[0] {sorted(keys)}.")
-        columns, n = dict(acts=acts), len(acts) if acts.ndim > 0 else 0
+        columns: dict[str, Any] = {"acts": acts}
+        n = len(acts) if acts.ndim > 0 else 0
         for key, values in parts.items():
             if values.ndim > 0 and len(values) != n + 1:
                 raise ValueError(

@@ -29,3 +29,17 @@ def test_first_episodes() -> None:
     assert demonstrations.first(1000).n_episodes == demonstrations.n_episodes
     with pytest.raises(ValueError, match="n_episodes=0 must be at least 1"):
         demonstrations.first(0)
+
+
+def test_prints_in_one_line() -> None:
+    shown = repr(load_demonstrations("hopper-medium"))
+    assert shown == (
+        "Demonstrations(Hopper-v5, 60 episodes, 25119 transitions, return 1314.18 ± 168.12, "
+        "observations (25119, 11) float32, actions (25119, 3))"
+    )
+    observations = dict(rgb=np.zeros((4, 8, 8, 3), np.uint8), state=np.zeros((4, 2)))
+    shown = str(Demonstrations(observations, np.zeros((4, 1)), np.array([1, 3])))
+    assert shown == (
+        "Demonstrations(unknown env, 2 episodes, 4 transitions, observations['rgb'] (4, 8, 8, 3) uint8, "
+        "observations['state'] (4, 2) float64, actions (4, 1))"
+    )

@@ -1,5 +1,7 @@
 """Sources of demonstrations."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -48,3 +50,12 @@ def test_normalization_where_it_does_not_belong(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", **arrays(meta=np.array("[]")))
     with pytest.raises(ValueError, match="meta must be a JSON object"):
         load_demonstrations(tmp_path / "d.npz")
+
+
+def test_libraries_of_formats_are_imported_when_they_are_needed() -> None:
+    code = "import sb3_dppo, sys; sb3_dppo.load_demonstrations('hopper-medium'); print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    ).stdout.split()
+    assert "sb3_dppo.demonstrations.robomimic" in loaded
+    assert not {"h5py", "minari", "pyarrow", "diffusers"} & set(loaded)
