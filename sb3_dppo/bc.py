@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.preprocessing import is_image_space
@@ -20,17 +18,12 @@ from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, unwrap_vec_wrapper
 from tqdm.rich import tqdm
 
-from sb3_dppo.demonstrations.demonstrations import (
-    SOURCES,
-    Demonstrations,
-    add_source_options,
-    load_from_options,
-    stacking_axis,
-)
-from sb3_dppo.demonstrations.rows import Rows, is_image
+from sb3_dppo.demonstrations.demonstrations import Demonstrations
+from sb3_dppo.demonstrations.loading import SOURCES, add_source_options, load_from_options
+from sb3_dppo.demonstrations.matching import check_actions, match_observations
 from sb3_dppo.dppo import DPPO
 from sb3_dppo.features.extractors import EXTRACTORS
-from sb3_dppo.features.observations import part_name, parts_of_space, vector_keys
+from sb3_dppo.features.observations import parts_of_space, vector_keys
 from sb3_dppo.policies import PAPER_POLICY_KWARGS
 
 
@@ -46,11 +39,11 @@ class BC:
     :param learning_rate: Learning rate at the beginning; it goes to zero along a cosine.
     :param weight_decay: AdamW's weight decay.
     :param ema_decay: Decay of the EMA, which is also warmed up: min(ema_decay, (1 + t) / (10 + t)) at its update t.
-    :param ema_update_every: Gradient steps between two updates of the EMA.
+    :param ema_update_every: Gradient steps between two updates of the EMA. It is also updated after the last step.
     :param eval_env: Where to evaluate the EMA of the policy during training, or ``None``.
     :param n_eval_episodes: Episodes of an evaluation.
     :param eval_freq: Epochs between two evaluations.
-    :raises ValueError: if the demonstrations don't fit the model's env.
+    :raises ValueError: if a number is below 1, or if the demonstrations don't fit the model's env.
     """
 
     def __init__(
@@ -77,58 +70,17 @@ class BC:
         self.eval_env = eval_env
         self.n_eval_episodes = n_eval_episodes
         self.eval_freq = eval_freq
-        self.n_stack, self.axes = self._check_demonstrations()
-        self.first, chunks = demonstrations.chunks(model.policy.horizon)
-        self.chunks = th.as_tensor(chunks, dtype=th.float, device=model.device)
-
-    def _check_demonstrations(self) -> tuple[int, dict[str, tuple[int, ...]]]:
-        """
-        :return: How many frames the model's env stacks, and by key the axes of the demonstrations' observations in the order
-            in which the env has them.
-        :raises ValueError: if the demonstrations can't be of that env.
-        """
-        demonstrations, model = self.demonstrations, self.model
-        parts, env_parts = demonstrations.parts, parts_of_space(model.observation_space)
-        missing = [key for key in env_parts if key not in parts]
-        if missing:
-            have = "a single array" if "" in parts else f"a Dict of {sorted(parts)}"
-            wanted = "a single array" if missing == [""] else f"a Dict of {sorted(env_parts)}"
-            example = "['NAME']" if missing == [""] else f"{{{', '.join(f'{key!r}: NAME' for key in env_parts)}}}"
-            raise ValueError(
-                f"demonstrations have as observations {have}, but the model's env {wanted}"
-                f"{'' if missing == [''] else f', so that {missing} are missing'}: choose with load_demonstrations' obs_keys, "
-                f"such as {example}."
-            )
-        n_stack = self._n_stack(next(iter(env_parts)))
-        axes = {key: matching_axes(key, parts[key], space, n_stack) for key, space in env_parts.items()}
-        if demonstrations.actions.shape[1] != model.policy.action_dim:
-            raise ValueError(
-                f"demonstrations have actions of size {demonstrations.actions.shape[1]}, but the model's env has "
-                f"{model.policy.action_dim}: they are of another env."
-            )
-        low, high = (bound.flatten() for bound in (model.action_space.low, model.action_space.high))  # type: ignore[attr-defined]
-        slack = 1e-3 * (high - low)
-        outside = ((demonstrations.actions < low - slack) | (demonstrations.actions > high + slack)).any(axis=1)
-        if outside.any():
-            raise ValueError(
-                f"demonstrations have {outside.sum()} actions outside the bounds of the model's env, the first in transition "
-                f"{outside.argmax()}: they are of another env, or normalised (see load_demonstrations' normalization)."
-            )
+        for name in ("batch_size", "ema_update_every", "n_eval_episodes", "eval_freq"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        env = model.get_env()
+        frames = None if env is None else unwrap_vec_wrapper(env, VecFrameStack)
+        # Without an env nothing says how many frames it stacks.
+        n_stack = None if env is None else 1 if frames is None else frames.stacked_obs.n_stack  # type: ignore[attr-defined]
+        self.n_stack, self.axes = match_observations(demonstrations, model.observation_space, n_stack)
+        check_actions(demonstrations, model.action_space)  # type: ignore[arg-type]
         self._check_env_id()
-        return n_stack, axes
-
-    def _n_stack(self, key: str) -> int:
-        """
-        :param key: A key of the observations.
-        :return: How many frames the model's env stacks; without an env, how many of the demonstrations' fit into the model's.
-        """
-        env = self.model.get_env()
-        if env is not None:
-            stacked = unwrap_vec_wrapper(env, VecFrameStack)
-            return 1 if stacked is None else stacked.stacked_obs.n_stack  # type: ignore[attr-defined]
-        shape = parts_of_space(self.model.observation_space)[key].shape
-        assert shape is not None
-        return max(1, math.prod(shape) // math.prod(self.demonstrations.parts[key].shape[1:]))
+        self.first = demonstrations.chunk_starts(model.policy.horizon)
 
     def _check_env_id(self) -> None:
         env_id, env = self.demonstrations.env_id, self.model.get_env()
@@ -148,7 +100,7 @@ class BC:
             warnings.warn(
                 "The model's env is wrapped in VecNormalize, but demonstrations are of the env's own observations, which the "
                 "policy normalises itself: use VecNormalize(norm_obs=False).",
-                stacklevel=4,
+                stacklevel=3,
             )
         actions = self.demonstrations.actions
         self.model.policy.normalizer.set_ranges(
@@ -168,12 +120,12 @@ class BC:
 
     def _observations(self, index: np.ndarray) -> Any:
         """
-        :param index: Which chunks, shape (B,).
+        :param index: Which transitions, shape (B,).
         :return: The observations before them, as the policy takes them. Only these are read.
         """
         tensors = {}
         for key, space in parts_of_space(self.model.observation_space).items():
-            values = self.demonstrations.stacked_observations(self.first[index], self.n_stack, key)
+            values = self.demonstrations.stacked_observations(index, self.n_stack, key)
             values = np.transpose(values, (0, *(axis + 1 for axis in self.axes[key])))
             values = np.ascontiguousarray(values).reshape(len(index), *(space.shape or ()))
             dtype = th.uint8 if is_image_space(space) else th.float
@@ -196,26 +148,30 @@ class BC:
         if n_epochs < 1:
             raise ValueError(f"n_epochs={n_epochs} must be at least 1.")
         self._set_normalization()
-        policy, n_chunks = self.model.policy, len(self.chunks)
-        chunks = policy.normalizer.normalize_actions(self.chunks)
-        n_batches = max(1, round(n_chunks / self.batch_size))
+        policy, steps_ahead = self.model.policy, np.arange(self.model.policy.horizon)
+        actions = policy.normalizer.normalize_actions(th.as_tensor(self.demonstrations.actions, dtype=th.float, device=policy.device))
+        n_batches = max(1, round(len(self.first) / self.batch_size))
+        step, n_steps = 0, n_epochs * n_batches
         parameters = list(policy.optimizer.param_groups[0]["params"])
         optimizer = th.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
-        lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=n_epochs * n_batches)
+        lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=n_steps)
         ema = EMAModel(parameters, decay=self.ema_decay)
         logger = self._logger()
         policy.set_training_mode(True)
         try:
             for epoch in tqdm(range(1, n_epochs + 1), desc="BC", unit="epoch", disable=not progress_bar):
                 losses = []
-                for step, index in enumerate(th.randperm(n_chunks).tensor_split(n_batches)):
-                    loss = policy.bc_loss(self._observations(index.numpy()), chunks[index.to(chunks.device)])
+                for batch in th.randperm(len(self.first)).tensor_split(n_batches):
+                    index = self.first[batch.numpy()]
+                    # A chunk of actions is put together when it is used: all of them would be Tp times the actions.
+                    loss = policy.bc_loss(self._observations(index), actions[index[:, None] + steps_ahead])
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     lr_scheduler.step()
                     losses.append(loss.detach())
-                    if step % self.ema_update_every == 0:
+                    step += 1
+                    if step % self.ema_update_every == 0 or step == n_steps:
                         ema.step(parameters)
                 if self.eval_env is not None and (epoch % self.eval_freq == 0 or epoch == n_epochs):
                     self._evaluate(ema, parameters, logger)
@@ -225,6 +181,8 @@ class BC:
                     logger.record("bc/learning_rate", lr_scheduler.get_last_lr()[0])
                     logger.dump(epoch)
         finally:
+            if step < n_steps:  # interrupted
+                ema.step(parameters)
             ema.copy_to(parameters)
             policy.update_base_denoiser()
             policy.make_optimizers(self.model.lr_schedule(1))
@@ -257,55 +215,6 @@ class BC:
         if self.model._custom_logger:
             return self.model.logger
         return configure_logger(self.model.verbose, self.model.tensorboard_log, "BC")
-
-
-def matching_axes(key: str, rows: Rows, space: spaces.Space, n_stack: int) -> tuple[int, ...]:
-    """
-    :param key: Key of the observations, for errors.
-    :param rows: The demonstrations' observations under this key, shape (N, ...).
-    :param space: The model's space of them.
-    :param n_stack: Frames that the model's env stacks.
-    :return: The axes of a row in the order of the space: images may have their channels first or last.
-    :raises ValueError: if the demonstrations can't be of that space.
-    """
-    name = part_name(key)
-    if not isinstance(space, spaces.Box):
-        check_categories(name, np.asarray(rows), space)
-        return tuple(range(rows.ndim - 1))
-    if is_image_space(space) != is_image(rows):
-        of_demonstrations = "images (uint8)" if is_image(rows) else f"numbers ({rows.dtype}) of shape {rows.shape[1:]}"
-        of_env = "images (uint8, 0 to 255)" if is_image_space(space) else f"numbers ({space.dtype})"
-        raise ValueError(
-            f"demonstrations have {name} that are {of_demonstrations}, but the model's env has {of_env} of shape "
-            f"{space.shape}."
-        )
-    stacked = list(rows.shape)
-    stacked[stacking_axis(rows)] *= n_stack
-    orders = [(0, 1, 2), (2, 0, 1), (1, 2, 0)] if is_image(rows) else [tuple(range(rows.ndim - 1))]
-    for axes in orders:
-        if tuple(stacked[1 + axis] for axis in axes) == space.shape:
-            return axes
-    hint = ""
-    if is_image(rows):
-        hint = ". Channels may be first or last, but the size must be the same: see gymnasium.wrappers.ResizeObservation"
-    raise ValueError(
-        f"demonstrations have {name} of shape {rows.shape[1:]}, but the model's env has {space.shape}, {n_stack} frame(s): "
-        f"they are of another env{hint}."
-    )
-
-
-def check_categories(name: str, values: np.ndarray, space: spaces.Space) -> None:
-    """
-    :param name: What messages call the observations.
-    :param values: The demonstrations' observations, shape (N, ...).
-    :param space: The model's space of them, ``Discrete``, ``MultiDiscrete`` or ``MultiBinary``.
-    :raises ValueError: if they are of another shape or no numbers of categories.
-    """
-    n_categories: Any = space.n if isinstance(space, spaces.Discrete) else getattr(space, "nvec", 2)
-    if values.shape[1:] != (space.shape or (1,)):
-        raise ValueError(f"demonstrations have {name} of shape {values.shape[1:]}, but the model's env has {space}.")
-    if ((values % 1 != 0) | (values < 0) | (values >= n_categories)).any():
-        raise ValueError(f"demonstrations have {name} from {values.min()} to {values.max()}, but the model's env has {space}.")
 
 
 def main() -> None:
@@ -344,11 +253,7 @@ def main() -> None:
         demonstrations = load_from_options(args.demos, args)
     except (ValueError, ImportError) as error:
         parser.error(str(error))
-    returns = demonstrations.returns
-    print(
-        f"{len(demonstrations)} transitions, {demonstrations.n_episodes} episodes"
-        + ("" if returns is None else f", return {returns.mean():.0f} ± {returns.std():.0f}")
-    )
+    print(demonstrations.summary)
     policy_kwargs = dict(PAPER_POLICY_KWARGS)
     if args.policy in ("DiffusionUnetPolicy", "DiffusionTransformerPolicy"):
         del policy_kwargs["net_arch"]  # widths of an MLP

@@ -1,18 +1,40 @@
 """Pre-training."""
 
+import gc
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch as th
+from diffusers.training_utils import EMAModel
+from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
-from sb3_dppo import BC, DPPO, Demonstrations, load_demonstrations
+from sb3_dppo import BC, DPPO, Demonstrations, collect_demonstrations, load_demonstrations
+from sb3_dppo.demonstrations.__main__ import describe
+from sb3_dppo.features.extractors import VitExtractor
+from tests.demonstrations.files import (
+    IMAGES,
+    LENGTHS,
+    RGB,
+    STATE,
+    STATES,
+    VIT,
+    N,
+    PictureEnv,
+    dict_demonstrations,
+    image_space,
+    make_image_model,
+)
+from tests.features.test_observations import VectorBoxDictEnv, VectorDictEnv
+from tests.toy_envs import CountingEnv
 
 SMALL = dict(net_arch=dict(pi=[32], vf=[16]), denoising_steps=5, horizon=4)
 
@@ -86,7 +108,7 @@ def test_frame_stacking_pads_as_vec_frame_stack_does() -> None:
     model = make_model(env)
     BC(model, demonstrations).train(1, progress_bar=False)
     assert model.policy.normalizer.obs_center.shape == (9,)
-    assert th.equal(model.policy.normalizer.obs_center[:3], model.policy.obs_center[6:])
+    assert th.equal(model.policy.normalizer.obs_center[:3], model.policy.normalizer.obs_center[6:])
     model.learn(16)
 
 
@@ -110,9 +132,67 @@ def test_interruption_keeps_what_was_learned(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(model.policy, "bc_loss", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        BC(model, make_demonstrations(), batch_size=10).train(10, progress_bar=False)
+        BC(model, make_demonstrations(), batch_size=10, ema_update_every=100).train(10, progress_bar=False)
     assert any(not th.equal(a, b) for a, b in zip(before, model.policy.denoiser.parameters(), strict=True))
     assert model.pretrained_on_demonstrations
+
+
+def test_ema_counts_the_steps_of_the_whole_training_and_sees_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    updated_at: list[int] = []
+    model, update = make_model(), EMAModel.step
+    calls, loss = [0], model.policy.bc_loss
+
+    def count(*args: Any) -> th.Tensor:
+        calls[0] += 1
+        return loss(*args)
+
+    monkeypatch.setattr(model.policy, "bc_loss", count)
+    monkeypatch.setattr(EMAModel, "step", lambda self, parameters: updated_at.append(calls[0]) or update(self, parameters))
+    BC(model, make_demonstrations(), batch_size=42).train(3, progress_bar=False)
+    assert calls == [21] and updated_at == [10, 20, 21]
+
+
+def test_a_short_training_returns_what_it_learned() -> None:
+    weights = []
+    for kwargs in (dict(), dict(ema_decay=0.0, ema_update_every=1)):  # the second without an average
+        model = make_model()
+        BC(model, make_demonstrations(), batch_size=42, **kwargs).train(1, progress_bar=False)  # type: ignore[arg-type]
+        weights.append(th.nn.utils.parameters_to_vector(model.policy.denoiser.parameters()))
+    th.testing.assert_close(*weights, rtol=0, atol=1e-6)
+
+
+def test_chunks_are_gathered_for_a_minibatch_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    n = 100_000
+    demonstrations = Demonstrations(np.zeros((n, 3), np.float32), np.zeros((n, 2), np.float32), np.array([n]))
+    kwargs: dict[str, Any] = dict(policy_kwargs=dict(SMALL, horizon=16), n_steps=16, device="cpu")
+    model = DPPO("DiffusionMlpPolicy", CountingEnv(), **kwargs)
+    held = []
+
+    def measure(observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        storages = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) is th.Tensor
+        }
+        held.append(sum(storages.values()) + tracemalloc.get_traced_memory()[1])
+        assert actions.shape == (len(observations), 16, 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.policy, "bc_loss", measure)
+    tracemalloc.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            BC(model, demonstrations).train(1, progress_bar=False)
+    finally:
+        tracemalloc.stop()
+    # All chunks would be 16 times the actions.
+    assert held[0] < 8 * demonstrations.actions.nbytes, held[0]
+
+
+def test_bad_numbers() -> None:
+    for name in ("batch_size", "ema_update_every", "n_eval_episodes", "eval_freq"):
+        with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+            BC(make_model(), make_demonstrations(), **{name: 0})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="n_epochs=0 must be at least 1"):
+        BC(make_model(), make_demonstrations()).train(0)
 
 
 @pytest.mark.parametrize(
@@ -166,3 +246,128 @@ def test_command_line(tmp_path: Path) -> None:
     assert "Mean reward" in done.stdout and f"{len(load_demonstrations('hopper-medium'))} transitions" in done.stdout
     model = DPPO.load(tmp_path / "a.zip")
     assert model.policy.process.denoising_steps == 4 and model.act_steps == 2
+
+
+@pytest.mark.parametrize("format", ["npz", "hdf5"])
+def test_only_a_minibatch_is_in_memory(format: str, tmp_path: Path) -> None:
+    n, side = 160, 256
+    path = tmp_path / f"d.{format}"
+    if format == "npz":
+        np.savez(
+            path, images=np.zeros((n, side, side, 3), np.uint8), actions=np.zeros((n, 1)), traj_lengths=np.array([n // 2] * 2)
+        )
+    else:
+        with h5py.File(path, "w") as file:
+            for i in range(2):
+                file[f"data/demo_{i}/actions"] = np.zeros((n // 2, 1))
+                file[f"data/demo_{i}/obs/cam"] = np.zeros((n // 2, side, side, 3), np.uint8)
+    assert path.stat().st_size > 30e6
+    kwargs = dict(width=8, spatial_dim=4, n_heads=2, patch_size=64)
+    model = make_image_model(
+        PictureEnv(image_space(side, side, 3)),
+        "DiffusionCnnPolicy",
+        features_extractor_class=VitExtractor,
+        features_extractor_kwargs=kwargs,
+    )
+    tracemalloc.start()
+    try:
+        demonstrations = load_demonstrations(path, obs_keys=None if format == "npz" else ["cam"])
+        BC(model, demonstrations, batch_size=8).train(1, progress_bar=False)
+        describe(demonstrations.first(1))
+        in_training = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # A minibatch has 1.6 MB, in the file's order and in the env's.
+    assert in_training < 16e6, in_training
+
+
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_channels_are_put_where_the_env_has_them(channels_first: bool) -> None:
+    images = IMAGES.transpose(0, 3, 1, 2) if channels_first else IMAGES
+    for space in (RGB, image_space(3, 16, 16)):
+        model = make_image_model(PictureEnv(spaces.Dict(rgb=space, state=STATE)), **VIT)
+        obs = BC(model, dict_demonstrations(rgb=images))._observations(np.array([10, 0]))
+        assert obs["rgb"].dtype == th.uint8
+        np.testing.assert_array_equal(obs["rgb"], IMAGES[[10, 0]].transpose(0, 3, 1, 2))
+        np.testing.assert_array_equal(obs["state"], STATES[[10, 0]])
+
+
+def test_frames_are_stacked_as_by_the_env() -> None:
+    class Replay(PictureEnv):
+        """Observes the demonstrations' episodes, one after the other."""
+
+        def __init__(self) -> None:
+            super().__init__(spaces.Dict(rgb=RGB, state=STATE))
+            self.row = 0
+
+        def reset(self, **kwargs: Any) -> tuple[Any, dict]:
+            return self._obs(), {}
+
+        def _obs(self) -> dict[str, np.ndarray]:
+            return dict(rgb=IMAGES[self.row % N], state=STATES[self.row % N])
+
+        def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+            self.row += 1
+            return self._obs(), 0.0, self.row in np.cumsum(LENGTHS), False, {}
+
+    env = VecFrameStack(DummyVecEnv([Replay]), 3)
+    model = make_image_model(env, **(VIT | dict(horizon=1)))
+    bc = BC(model, dict_demonstrations())
+    assert bc.n_stack == 3
+    cloned = bc._observations(np.arange(N))
+    wrapped: Any = model.get_env()  # also with channels first
+    obs = wrapped.reset()
+    for row in range(N):
+        for key in ("rgb", "state"):
+            np.testing.assert_array_equal(cloned[key][row], obs[key][0])
+        obs = wrapped.step(np.zeros((1, 1), np.float32))[0]
+    bc.train(1, progress_bar=False)
+    low = STATES.min(axis=0)
+    half = (STATES.max(axis=0) - low + 1e-6) / 2
+    np.testing.assert_allclose(model.policy.normalizer.obs_center, np.tile(low + half, 3), rtol=1e-5)
+
+
+def test_ranges_of_a_dict_are_in_the_order_of_the_policy() -> None:
+    demonstrations = collect_demonstrations(VectorDictEnv(), lambda *_: (np.zeros(1), None), 40, seed=0, progress_bar=False)
+    model = make_image_model(VectorDictEnv())
+    BC(model, demonstrations).train(1, progress_bar=False)
+    parts = {key: np.asarray(rows) for key, rows in demonstrations.parts.items()}
+    assert parts["b"].shape == (200, 2, 2) and parts["c"].shape == (200, 1)
+    obs = {key: th.as_tensor(values if key != "c" else values[:, 0]) for key, values in parts.items()}
+    features = model.policy.extract_features(obs)
+    assert features.shape == (200, 2 + 4 + 3)
+    assert features[:, :6].amin(0) == pytest.approx(-1, abs=1e-4) and features[:, :6].amax(0) == pytest.approx(1, abs=1e-4)
+    assert (features[:, 6:].sum(1) == 1).all()
+    frames = VecFrameStack(DummyVecEnv([VectorBoxDictEnv]), 2)
+    BC(make_image_model(frames), demonstrations).train(1, progress_bar=False)
+
+
+def test_images_are_shifted_in_training_and_not_in_evaluation() -> None:
+    space = spaces.Dict(rgb=RGB, state=STATE)
+    model = make_image_model(PictureEnv(space), **VIT)
+    seen = []
+    extractor = model.policy.pi_features_extractor
+    extractor.register_forward_hook(lambda module, inputs, output: seen.append((len(output), module.training)))
+    evaluation = DummyVecEnv([lambda: PictureEnv(space)])
+    bc = BC(model, dict_demonstrations(), batch_size=3, eval_env=evaluation, n_eval_episodes=1, eval_freq=1)
+    bc.train(2, progress_bar=False)
+    training = [shifts for size, shifts in seen if size > 1]
+    acting = [shifts for size, shifts in seen if size == 1]
+    assert len(training) == 6 and all(training)
+    assert acting and not any(acting)
+    assert not extractor.training
+
+
+def test_imitates_what_only_the_image_tells() -> None:
+    bright = np.arange(200) % 2
+    images = np.random.default_rng(0).integers(0, 30, (200, 16, 16, 3)).astype(np.uint8)
+    images[bright == 1] += 200
+    actions = np.where(bright, 0.7, -0.7)[:, None]
+    env = PictureEnv(RGB)
+    kwargs = dict(horizon=1, net_arch=dict(pi=[32, 32, 32], vf=[16]), prediction_type="sample")
+    model = make_image_model(env, "DiffusionCnnPolicy", **(VIT | kwargs))
+    BC(model, Demonstrations(images, actions, np.array([200])), batch_size=50, learning_rate=3e-3).train(
+        15, progress_bar=False
+    )
+    predicted = model.predict(images, deterministic=True)[0]
+    assert np.abs(predicted - actions).mean() < 0.2

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from sb3_dppo import DPPO, Demonstrations, import_reference_checkpoint, load_demonstrations
 from sb3_dppo.runs.sharing import _sha256
-from tests.demonstrations.test_demonstrations import arrays, lerobot_frames, write_lerobot, write_robomimic
+from tests.demonstrations.files import arrays, lerobot_frames, write_lerobot, write_robomimic
 
 # ---------------------------------------------------------------------- mutations
 

@@ -253,7 +253,7 @@ def _set_normalization(model: DPPO, path: Path, has_critic: bool) -> None:
     :param has_critic: Whether the critic was imported too.
     """
     # Here and not above, so that the package can be imported without it (see sb3_dppo/__init__.py).
-    from sb3_dppo.demonstrations.formats import read_ranges
+    from sb3_dppo.demonstrations.npz import read_ranges
 
     try:
         ranges = read_ranges(path)

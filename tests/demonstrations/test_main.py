@@ -3,21 +3,23 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
-from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_dppo import DPPO, load_demonstrations
-from sb3_dppo.demonstrations.demonstrations import collect_demonstrations, main
-from tests.demonstrations.test_demonstrations import lerobot_frames, write_lerobot, write_robomimic
-from tests.toy_envs import CountingEnv
+from sb3_dppo import DPPO, bc, load_demonstrations
+from sb3_dppo.demonstrations.__main__ import main
+from sb3_dppo.features.extractors import VitExtractor
+from tests.demonstrations.files import lerobot_frames, write_lerobot, write_robomimic
 
 POLICY = """
 import numpy as np
@@ -171,41 +173,6 @@ def test_collect_with_vec_normalize(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     np.testing.assert_allclose(recorded.actions, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_collected_ends() -> None:
-    for truncate in (False, True):
-        recorded = collect_demonstrations(CountingEnv(3, truncate), lambda obs, *_: (np.zeros(2), None), 2, progress_bar=False)
-        ends = [False, False, True] * 2
-        assert recorded.terminals is not None and recorded.terminals.tolist() == [end and not truncate for end in ends]
-        assert recorded.truncations is not None and recorded.truncations.tolist() == [end and truncate for end in ends]
-        assert recorded.observations[:, 0].tolist() == [0, 1, 2] * 2 and recorded.rewards.tolist() == [1, 2, 3] * 2  # type: ignore[union-attr]
-        assert recorded.env_id is None
-
-
-def test_interruption_keeps_complete_episodes() -> None:
-    calls = [0]
-
-    def predict(obs: np.ndarray, state: Any, episode_start: np.ndarray) -> tuple[np.ndarray, Any]:
-        calls[0] += 1
-        if calls[0] == 9:
-            raise KeyboardInterrupt
-        assert bool(episode_start[0]) == (state is None) == (obs[0] == 0)
-        return np.zeros(2), calls[0]
-
-    assert collect_demonstrations(CountingEnv(3), predict, 5).traj_lengths.tolist() == [3, 3]
-    calls[0] = 8
-    with pytest.raises(KeyboardInterrupt):
-        collect_demonstrations(CountingEnv(3), predict, 5)
-
-
-def test_envs_that_cannot_be_recorded() -> None:
-    env = CountingEnv()
-    env.action_space = spaces.Discrete(2)  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=r"the env's action space is Discrete\(2\), not a Box"):
-        collect_demonstrations(env, lambda obs, *_: (np.array(0), None), 1)
-    with pytest.raises(ValueError, match="n_episodes=0 must be at least 1"):
-        collect_demonstrations(CountingEnv(), lambda obs, *_: (np.zeros(2), None), 0)
-
-
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -251,3 +218,81 @@ def test_models_of_other_envs_and_missing_files(
     with pytest.raises(SystemExit):
         call(monkeypatch, "collect", "--env", "Pendulum-v1", *common, "--vec-normalize", "none.pkl")
     assert "vec-normalize='none.pkl' does not exist" in capsys.readouterr().err
+
+
+ENVS = """
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.envs import FakeImageEnv
+from tests.features.test_observations import VectorDictEnv
+
+SIZE = dict(screen_height=40, screen_width=40, n_channels=1, discrete=False)
+gym.register("Pictures-v0", FakeImageEnv, max_episode_steps=5, kwargs=SIZE)
+gym.register("Numbers-v0", VectorDictEnv, max_episode_steps=5)
+
+def act(obs):
+    return np.full(gym.make("Pictures-v0").action_space.shape, 0.5) if obs.dtype == np.uint8 else 0 / 0
+
+def act_on_dict(obs):
+    return obs["a"][:1]
+"""
+
+
+def test_programs_with_images_and_dictionaries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_envs.py").write_text(ENVS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def run(program: Callable[[], None], *arguments: Any) -> str:
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        program()
+        return capsys.readouterr().out
+
+    env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=False)
+    PPO("CnnPolicy", env, n_steps=16, batch_size=16, device="cpu", seed=0).save(tmp_path / "ppo.zip")
+    collect = (main, "collect", "--n-episodes", 3, "--env")
+    run(*collect, "my_envs:Pictures-v0", "--model", "ppo.zip", "--algo", "ppo", "-o", "model.npz")
+    run(*collect, "my_envs:Pictures-v0", "--policy", "my_envs:act", "-o", "function.npz")
+    for name in ("model", "function"):
+        recorded = load_demonstrations(tmp_path / f"{name}.npz")
+        assert recorded.observations.shape == (15, 40, 40, 1) and recorded.observations.dtype == np.uint8  # type: ignore[union-attr]
+    assert (recorded.actions == 0.5).all()
+
+    run(*collect, "my_envs:Numbers-v0", "--policy", "my_envs:act_on_dict", "-o", "dict.npz")
+    inspected = run(main, "inspect", "model.npz")
+    assert "observations, images of shape (40, 40, 1), uint8\n  " in inspected and "in a sample of 15" in inspected
+
+    with h5py.File(tmp_path / "lift.hdf5", "w") as file:
+        rng = np.random.default_rng(0)
+        for i in range(2):
+            file[f"data/demo_{i}/actions"] = rng.uniform(-1, 1, (6, 1))
+            values = dict(x=rng.normal(size=(6, 1)), y=rng.normal(size=6), wide=rng.normal(size=(6, 4)), flat=np.ones((6, 1)))
+            for name, value in values.items():
+                file[f"data/demo_{i}/obs/{name}"] = value
+            file[f"data/demo_{i}/obs/cam"] = rng.integers(3, 200, (6, 16, 16, 3), dtype=np.uint8)
+    keys = ("--obs-keys", "b:cam", "a:x,flat")
+    inspected = run(main, "inspect", "lift.hdf5", *keys)
+    assert "observations['b'], images of shape (16, 16, 3), uint8\n  3 to 199" in inspected
+    assert "observations['a'], 2 columns" in inspected and "constant      observations['a'][1]\n" in inspected
+    run(main, "convert", "lift.hdf5", "lift.npz", *keys)
+    converted = load_demonstrations(tmp_path / "lift.npz")
+    assert isinstance(converted.parts["b"], np.memmap) and converted.parts["a"].shape == (12, 2)
+
+    clone = (bc.main, "--epochs", 1, "--eval-episodes", 1, "--env")
+    small = ("--policy-kwargs", "denoising_steps:2", "net_arch:{'pi':[16],'vf':[16]}", "-params", "n_steps:16")
+    vit = "features_extractor_class:sb3_dppo.features.extractors.VitExtractor"
+    run(
+        *(*clone, "my_envs:Pictures-v0", "--demos", "model.npz", "--policy", "DiffusionCnnPolicy", "-o", "cnn.zip"),
+        *(*small[:1], vit, *small[1:]),
+    )
+    assert isinstance(DPPO.load(tmp_path / "cnn.zip").policy.pi_features_extractor, VitExtractor)
+    multi = ("--policy", "DiffusionMultiInputPolicy", "-o", "multi.zip", *small)
+    run(*clone, "my_envs:Numbers-v0", "--demos", "dict.npz", "--obs-keys", "a:a", "b:b", "c:c", *multi)
+    assert DPPO.load(tmp_path / "multi.zip").pretrained_on_demonstrations
+    with pytest.raises(SystemExit):
+        run(*clone, "Pendulum-v1", "--demos", "lift.npz", "--obs-keys", "a", "b:b", "-o", "x.zip")
+    assert "must be names only, or KEY:NAME" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="features_extractor_class='Vit' is not the full name of a class"):
+        bc._parse(["features_extractor_class:Vit"])

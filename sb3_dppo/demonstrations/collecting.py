@@ -1,0 +1,85 @@
+"""Recording demonstrations of a policy."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from tqdm import tqdm
+
+from sb3_dppo.demonstrations.demonstrations import Demonstrations
+from sb3_dppo.demonstrations.episodes import Episodes, check_recordable
+
+# observation, state, whether an episode starts -> action, state; as ``predict`` of a model
+Predict = Callable[[Any, Any, np.ndarray], tuple[np.ndarray, Any]]
+
+
+def collect_demonstrations(
+    env: gym.Env, predict: Predict, n_episodes: int, seed: int | None = None, progress_bar: bool = True
+) -> Demonstrations:
+    """
+    Record episodes of a policy. An interruption (Ctrl+C) keeps the episodes that are complete.
+
+    :param env: The env, whose own observations are recorded, images as they are: with a ``Box`` of actions and observations
+        of numbers, or a ``Dict`` of such ones.
+    :param predict: The policy, called as ``predict(observation, state, episode_start)``: it gives the action and the next
+        state, as ``predict`` of a model does. Actions are clipped to the env's bounds.
+    :param n_episodes: Number of episodes.
+    :param seed: Episode i is reset with ``seed + i``; ``None`` for a random one.
+    :param progress_bar: Display a progress bar.
+    :return: The demonstrations.
+    :raises ValueError: for an env with other spaces, or actions of another shape.
+    """
+    if n_episodes < 1:
+        raise ValueError(f"n_episodes={n_episodes} must be at least 1.")
+    if not isinstance(env.action_space, spaces.Box):
+        raise ValueError(f"Actions must be arrays of numbers, but the env's action space is {env.action_space}, not a Box.")
+    check_recordable(env.observation_space, "the env")
+    episodes, returns = Episodes(unpack_images=True), list[float]()
+    bar = tqdm(total=n_episodes, desc="collect", unit="episode", disable=not progress_bar)
+    try:
+        while len(returns) < n_episodes:
+            columns = _record_episode(env, predict, None if seed is None else seed + len(returns))
+            episodes.append(columns)
+            returns.append(columns["rewards"].sum())
+            bar.update()
+            bar.set_postfix({"return": f"{np.mean(returns):.2f}"})
+    except KeyboardInterrupt:
+        if not returns:
+            raise
+        print(f"Interrupted: keeping {len(returns)} complete episodes", file=sys.stderr)
+    finally:
+        bar.close()
+    return Demonstrations(
+        observations=episodes.observations(),
+        traj_lengths=np.array(episodes.lengths),
+        env_id=None if env.spec is None else env.spec.id,
+        rewards=episodes.column("rewards", np.float32),
+        **{name: episodes.column(name) for name in ("actions", "terminals", "truncations")},
+    )
+
+
+def _record_episode(env: gym.Env, predict: Predict, seed: int | None) -> dict[str, np.ndarray]:
+    """Columns of an episode, as :class:`~sb3_dppo.demonstrations.episodes.Episodes` takes them."""
+    space: Any = env.action_space
+    rows: dict[str, list[Any]] = {"actions": []}
+    obs, state, done = env.reset(seed=seed)[0], None, False
+    while not done:
+        action, state = predict(obs, state, np.array([not rows["actions"]]))
+        action = np.asarray(action)
+        if action.shape != space.shape:
+            raise ValueError(f"The policy's action has the shape {action.shape}, but the env's are of shape {space.shape}.")
+        action = np.clip(action, space.low, space.high).astype(space.dtype)
+        # Copies: an env may give the same array again.
+        row: dict[str, Any] = {
+            f"obs/{key}": np.array(value) for key, value in (obs if isinstance(obs, dict) else {"": obs}).items()
+        }
+        row["actions"] = action.copy()
+        obs, reward, terminated, truncated, _ = env.step(action)
+        row |= dict(rewards=float(reward), terminals=bool(terminated), truncations=bool(truncated))
+        for name, value in row.items():
+            rows.setdefault(name, []).append(value)
+        done = terminated or truncated
+    return {name: np.array(values) for name, values in rows.items()}
