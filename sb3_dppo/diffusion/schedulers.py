@@ -180,7 +180,8 @@ def affine_steps(scheduler: Any, inference_steps: int) -> list[AffineStep]:
                 "sample and in the denoiser's output; steps of several evaluations or that use earlier ones are not. Choose "
                 "'ddpm', 'ddim' or, for a multistep solver, solver_order=1 (for UniPC also disable_corrector=[0, 1, …])."
             )
-        measured.append(coefficients.flatten().tolist())
+        # LAPACK's last digits differ from call to call; a run that is resumed needs the same table.
+        measured.append([round(coefficient, 9) for coefficient in coefficients.flatten().tolist()])
     return [
         AffineStep(from_sample * scale / next_scale, from_output / next_scale, abs(sigma) / next_scale)
         for (from_sample, from_output, sigma), scale, next_scale in zip(measured, scales, [*scales[1:], 1.0], strict=True)
