@@ -1,6 +1,7 @@
 """How the networks are run: CPU threads, precision, compiled functions and CUDA graphs. What they compute stays the same."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
@@ -15,6 +16,8 @@ COMPILE_OPTIONS = (False, True, "auto")
 PRECISIONS = ("float32", "tf32", "bfloat16")
 # Up to this many decisions at once are denoised on one CPU thread.
 ONE_THREAD_BATCH_SIZE = 256
+# CUDA graphs of one function.
+MAX_GRAPHS = 8
 # Pairs in a slice of a minibatch on the CPU: activations of this many rows stay in its caches.
 CPU_SLICE_SIZE = 3072
 
@@ -121,6 +124,10 @@ class Compiled:
 class CudaGraphs:
     """
     A function of CUDA tensors as CUDA graphs, one per shapes and settings: a chain's many small kernels are launched as one.
+    There are at most ``MAX_GRAPHS`` of them, for each holds memory: the most frequent; what else is asked for runs as it is.
+
+    A graph repeats the kernels that it has recorded. So all that the function depends on must be in the tensors that it is
+    given, in parameters that keep their addresses, or in the settings: whoever changes anything else calls :meth:`clear`.
 
     :param function: The function. It must not synchronise with the host.
     """
@@ -129,6 +136,7 @@ class CudaGraphs:
         self.function = function
         self.failed = False
         self._graphs: dict[Any, tuple[th.cuda.CUDAGraph, list[th.Tensor | None], Any]] = {}
+        self._calls: Counter[Any] = Counter()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.function,)
@@ -138,17 +146,26 @@ class CudaGraphs:
         Forget the graphs, which hold the addresses of the parameters.
         """
         self._graphs.clear()
+        self._calls.clear()
 
     def __call__(self, tensors: Sequence[th.Tensor | None], *settings: Any) -> Any:
         """
         :param tensors: The function's first arguments.
-        :param settings: Its other arguments, hashable: another graph is recorded for others.
+        :param settings: Its other arguments, hashable, and equal only if the function does the same with them: all that it
+            reads beside the tensors (a frozen dataclass of a sampler's settings, for instance). Another graph is recorded for
+            others.
         :return: What it returns, valid until the next call.
         """
         if self.failed:
             return self.function(*tensors, *settings)
-        key = (*(None if tensor is None else tensor.shape for tensor in tensors), *settings)
+        key = (*(None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in tensors), *settings)
+        self._calls[key] += 1
         if key not in self._graphs:
+            if len(self._graphs) == MAX_GRAPHS:
+                rarest = min(self._graphs, key=self._calls.__getitem__)
+                if self._calls[key] <= self._calls[rarest]:
+                    return self.function(*tensors, *settings)
+                del self._graphs[rarest]
             try:
                 self._graphs[key] = self._record(tensors, *settings)
             except RuntimeError as error:

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import torch as th
 from torch import nn
 
-from sb3_dppo.diffusion.schedulers import AffineStep, affine_steps, make_scheduler
+from sb3_dppo.diffusion.schedulers import AffineStep, affine_steps, check_noise_schedule, make_scheduler, set_timesteps
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+# More would take minutes to build and change nothing: diffusers' own models have as many.
+MAX_DENOISING_STEPS = 1000
 
 
 class DenoisingChain(NamedTuple):
@@ -56,15 +58,16 @@ class DenoisingProcess(nn.Module):
 
     :param scheduler: ``"ddpm"``, ``"ddim"``, or another diffusers scheduler: itself, its name or its configuration. Its class
         and options are kept, while K, the betas, the prediction type and the clamp come from the arguments below.
-    :param denoising_steps: K, the steps of the trained diffusion model.
-    :param inference_steps: S, the steps that are run. ``None`` means K, the only choice for DDPM.
+    :param denoising_steps: K, the steps of the trained diffusion model, at most 1000.
+    :param inference_steps: S, the steps that are run, at most K. ``None`` means K, the only choice for DDPM.
     :param beta_schedule: diffusers' name of the noise schedule.
     :param prediction_type: What the denoiser's output means: "epsilon" (the noise), "sample" (the clean chunk)
         or "v_prediction".
     :param clip_sample_range: Clamp of the predicted clean chunk to ± this value, or ``None``.
     :param clip_noise_pred: DDIM only: clamp of the noise, after the clean chunk was clamped, or ``None``.
     :param clip_final_action: Clamp of the final sample to ± this value, or ``None``.
-    :raises ValueError: for a scheduler whose step is not such a transition, or a number of steps that it can't run.
+    :raises ValueError: for a scheduler whose step is not such a transition, that assumes another noise schedule, or that can't
+        run this number of steps.
     """
 
     table: th.Tensor
@@ -84,8 +87,8 @@ class DenoisingProcess(nn.Module):
         super().__init__()
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type={prediction_type!r} is unknown: choose one of {PREDICTION_TYPES}.")
-        if denoising_steps < 1:
-            raise ValueError(f"denoising_steps={denoising_steps} must be at least 1.")
+        if not 1 <= denoising_steps <= MAX_DENOISING_STEPS:
+            raise ValueError(f"denoising_steps={denoising_steps} must be between 1 and {MAX_DENOISING_STEPS}.")
         self.denoising_steps = denoising_steps
         self.inference_steps = denoising_steps if inference_steps is None else inference_steps
         self.prediction_type = prediction_type
@@ -99,34 +102,36 @@ class DenoisingProcess(nn.Module):
             clip_sample=clip_sample_range is not None,
             clip_sample_range=1.0 if clip_sample_range is None else clip_sample_range,
         )
-        self.scheduler = make_scheduler(scheduler, config)
         # What is added to demonstrations does not depend on the sampler.
         self.training_scheduler = make_scheduler("ddpm", config)
-        self.is_ddim = type(self.scheduler).__name__ == "DDIMScheduler"
-        if self.is_ddim or type(self.scheduler).__name__ == "DDPMScheduler":
-            self._check_inference_steps()
-            self.scheduler.set_timesteps(self.inference_steps)
+        self.scheduler = make_scheduler(scheduler, config)
+        name = type(self.scheduler).__name__
+        self.is_ddim = name == "DDIMScheduler"
+        check_noise_schedule(self.scheduler, self.training_scheduler)
+        self._check_inference_steps(name)
+        set_timesteps(self.scheduler, self.inference_steps)
+        if name in ("DDPMScheduler", "DDIMScheduler"):
             table = self._make_table(self.scheduler.timesteps)
         else:
             unclamped = make_scheduler(self.scheduler, config | dict(clip_sample=False))
-            steps = affine_steps(unclamped, self.inference_steps)
-            self.scheduler.set_timesteps(self.inference_steps)
-            table = self._measured_table(self.scheduler.timesteps.long(), steps)
+            table = self._measured_table(self.scheduler.timesteps.long(), affine_steps(unclamped, self.inference_steps))
         # Not persistent: a saved policy can be loaded with another sampler.
         self.register_buffer("timesteps", self.scheduler.timesteps.long(), persistent=False)
         self.register_buffer("table", table, persistent=False)
         self._numbers = [Coefficients(*column) for column in self.table.t().tolist()]
 
-    def _check_inference_steps(self) -> None:
+    def _check_inference_steps(self, name: str) -> None:
         K, S = self.denoising_steps, self.inference_steps
-        if not self.is_ddim and S != K:
+        if name == "DDPMScheduler" and S != K:
             raise ValueError(
                 f"inference_steps={S} differs from denoising_steps={K}, but DDPM runs every step: "
                 "use scheduler='ddim' for fewer, or leave inference_steps=None."
             )
-        if not 1 <= S <= K or K % S != 0:
+        if self.is_ddim and (not 1 <= S <= K or K % S != 0):
             divisors = [n for n in range(1, K + 1) if K % n == 0]
             raise ValueError(f"inference_steps={S} must divide denoising_steps={K} for DDIM: choose one of {divisors}.")
+        if not 1 <= S <= K:
+            raise ValueError(f"inference_steps={S} must be between 1 and denoising_steps={K}.")
 
     def _make_table(self, timesteps: th.Tensor) -> th.Tensor:
         """
@@ -191,17 +196,10 @@ class DenoisingProcess(nn.Module):
         :param alpha: Cumulative product of 1 - β, shape (S,).
         :param coefficients: The ``Coefficients`` that do not follow from it, each of shape (S,).
         :return: All of them, shape (10, S).
-        :raises ValueError: if the noise schedule makes one infinite.
         """
         predictions = self._x0_and_noise(alpha)
         rows = Coefficients(*predictions, sqrt_alpha=alpha.sqrt(), sqrt_one_minus_alpha=(1 - alpha).sqrt(), **coefficients)
-        table = th.stack(list(rows)).float()
-        if not table.isfinite().all():
-            raise ValueError(
-                "scheduler: its noise schedule leaves no signal at the first step, which this prediction_type "
-                f"({self.prediction_type!r}) divides by: use prediction_type='sample' or rescale_betas_zero_snr=False."
-            )
-        return table
+        return th.stack(list(rows)).float()
 
     def coefficients(self, position: int | th.Tensor) -> Coefficients:
         """

@@ -1,7 +1,8 @@
 """Which diffusers schedulers a diffusion policy can be sampled with, and what their steps are."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch as th
@@ -31,28 +32,8 @@ def make_scheduler(scheduler: Any, config: dict[str, Any]) -> Any:
     :return: A new diffusers scheduler.
     :raises ValueError: for one that does not exist or that can't have these options.
     """
-    # diffusers takes seconds to import: only when a policy is built, not with the package.
-    import diffusers
-    from diffusers import SchedulerMixin
-
-    options: dict[str, Any] = {}
-    if isinstance(scheduler, (str, Mapping)):
-        if not isinstance(scheduler, str):
-            options = dict(scheduler)
-        name = scheduler if isinstance(scheduler, str) else options.pop("_class_name", None)
-        cls = getattr(diffusers, NAMED.get(name, str(name)), None)
-        if not (inspect.isclass(cls) and issubclass(cls, SchedulerMixin)):
-            raise ValueError(
-                f"scheduler={scheduler!r} is unknown: choose 'ddpm', 'ddim', a diffusers scheduler or its name, or a mapping "
-                "with its name as _class_name."
-            )
-    elif isinstance(scheduler, SchedulerMixin):
-        cls, options = type(scheduler), dict(scheduler.config)  # type: ignore[attr-defined]
-    else:
-        raise ValueError(f"scheduler={scheduler!r} is not a diffusers scheduler: choose 'ddpm' or 'ddim', for instance.")
+    cls, options = _class_and_options(scheduler)
     known = inspect.signature(cls.__init__).parameters
-    # diffusers lists the options that were left at their defaults, and would ignore new values for these.
-    options = {name: value for name, value in options.items() if not name.startswith("_")}
     if unknown := set(options) - set(known):
         raise ValueError(
             f"scheduler: {cls.__name__} has no option {sorted(unknown)[0]!r}, but {sorted(set(known) - {'self'})}."
@@ -67,11 +48,103 @@ def make_scheduler(scheduler: Any, config: dict[str, Any]) -> Any:
         raise ValueError(
             "scheduler: thresholding=True makes a step depend on the whole sample: use clip_sample_range instead."
         )
-    if "learned" in str(options.get("variance_type", "")):
-        raise ValueError("scheduler: a learned variance_type needs a denoiser that predicts it: use 'fixed_small'.")
-    if "trained_betas" in known:
-        options["trained_betas"] = None
-    return cls(**{**options, **{name: value for name, value in config.items() if name in known}})
+    if options.get("variance_type") not in (None, "fixed_small", "fixed_small_log", "fixed_large"):
+        raise ValueError(
+            f"scheduler: variance_type={options['variance_type']!r} can't be used: choose 'fixed_small' or 'fixed_large'. A "
+            "learned one needs a denoiser that predicts it; 'fixed_large_log' makes diffusers take the root of a negative one."
+        )
+    if "original_inference_steps" in known:
+        # Those that LCM and TCD choose from; diffusers' default, 50, is for models of 1000.
+        options.setdefault("original_inference_steps", config["num_train_timesteps"])
+    with _refusing(cls.__name__, f"for beta_schedule={config['beta_schedule']!r}"):
+        return cls(**{**options, **{name: value for name, value in config.items() if name in known}})
+
+
+def _class_and_options(scheduler: Any) -> tuple[Any, dict[str, Any]]:
+    """
+    :param scheduler: See :func:`make_scheduler`.
+    :return: Its class and the options that were set.
+    :raises ValueError: if there is no such scheduler.
+    """
+    # diffusers takes seconds to import: only when a policy is built, not with the package.
+    from diffusers import SchedulerMixin, schedulers
+
+    if isinstance(scheduler, SchedulerMixin):
+        cls: Any = type(scheduler)
+        options = dict(scheduler.config)  # type: ignore[attr-defined]
+    elif isinstance(scheduler, (str, Mapping)):
+        options = {} if isinstance(scheduler, str) else dict(scheduler)
+        name = scheduler if isinstance(scheduler, str) else options.get("_class_name")
+        cls = getattr(schedulers, NAMED.get(name, str(name)), None)
+        if not (inspect.isclass(cls) and issubclass(cls, SchedulerMixin)):
+            raise ValueError(
+                f"scheduler={scheduler!r} is unknown, or needs a package that is not installed: choose 'ddpm', 'ddim', a "
+                "diffusers scheduler or its name, or a mapping with its name as _class_name."
+            )
+    else:
+        raise ValueError(f"scheduler={scheduler!r} is not a diffusers scheduler: choose 'ddpm' or 'ddim', for instance.")
+    defaults = options.get("_use_default_values", ())
+    return cls, {name: value for name, value in options.items() if not name.startswith("_") and name not in defaults}
+
+
+@contextmanager
+def _refusing(name: str, situation: str) -> Iterator[None]:
+    """
+    Whatever diffusers raises for what a scheduler can't do becomes a ValueError.
+
+    :param name: Name of the scheduler.
+    :param situation: For what it was tried.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"scheduler={name}: {reason} ({situation}): change this, or choose another scheduler.") from error
+
+
+def check_noise_schedule(scheduler: Any, training_scheduler: Any) -> None:
+    """
+    :param scheduler: The sampler.
+    :param training_scheduler: What adds noise when the denoiser is trained.
+    :raises ValueError: if the sampler assumes another amount of noise at some timestep, saying which options to change.
+    """
+    ours, trained = scheduler.alphas_cumprod, training_scheduler.alphas_cumprod
+    if ours.shape == trained.shape and th.allclose(ours, trained, rtol=0, atol=1e-6):
+        return
+    names = ("beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+    options = {name: training_scheduler.config[name] for name in names} | {"snr_shift_scale": 1.0}
+    options = {name: value for name, value in options.items() if str(scheduler.config.get(name, value)) != str(value)}
+    raise ValueError(
+        f"scheduler={type(scheduler).__name__} assumes another noise schedule than the denoiser is trained with: its "
+        f"alphas_cumprod goes from {ours[0]:.3g} to {ours[-1]:.3g} in {len(ours)} steps, the denoiser's from "
+        f"{trained[0]:.3g} to {trained[-1]:.3g} in {len(trained)}. Give it the options {options}, as in training, or choose "
+        "another scheduler."
+    )
+
+
+def set_timesteps(scheduler: Any, inference_steps: int) -> None:
+    """
+    :param scheduler: A diffusers scheduler.
+    :param inference_steps: S, the steps to run, at most K.
+    :raises ValueError: if its timesteps are not S different ones that the denoiser knows.
+    """
+    name, K = type(scheduler).__name__, scheduler.config.num_train_timesteps
+    with _refusing(name, f"inference_steps={inference_steps} of {K}"):
+        scheduler.set_timesteps(inference_steps)
+    timesteps = scheduler.timesteps
+    distinct = len(timesteps) == len(timesteps.unique()) == inference_steps
+    if not distinct or not timesteps.diff().lt(0).all() or not 0 <= timesteps.min() <= timesteps.max() < K:
+        fault = f"a diffusion policy needs as many different ones, in 0 … {K - 1}, from the noisiest on"
+    elif (timesteps != timesteps.round()).any():
+        fault = "the denoiser knows whole ones"
+    else:
+        return
+    shown = ", ".join(f"{t:.4g}" for t in timesteps[:20].tolist()) + ", …" * (len(timesteps) > 20)
+    raise ValueError(
+        f"scheduler={name} runs the timesteps {shown} for inference_steps={inference_steps}, but {fault}: try its option "
+        f"timestep_spacing='leading' or 'trailing' or steps_offset=0, inference_steps={K} or fewer, or, if it evaluates the "
+        "denoiser more than once a step, another scheduler."
+    )
 
 
 def affine_steps(scheduler: Any, inference_steps: int) -> list[AffineStep]:
@@ -85,47 +158,30 @@ def affine_steps(scheduler: Any, inference_steps: int) -> list[AffineStep]:
     :return: The steps, the noisiest first.
     :raises ValueError: for another kind of step, or timesteps that the denoiser does not know.
     """
-    name, K = type(scheduler).__name__, scheduler.config.num_train_timesteps
-    try:
-        scheduler.set_timesteps(inference_steps)
-    except ValueError as error:
-        raise ValueError(f"scheduler={name} can't run inference_steps={inference_steps} of {K}: {error}") from error
-    timesteps = scheduler.timesteps
-    distinct = len(timesteps) == len(timesteps.unique()) == inference_steps
-    if not distinct or not timesteps.diff().lt(0).all() or not 0 <= timesteps.min() <= timesteps.max() < K:
-        raise ValueError(
-            f"scheduler={name} runs the timesteps {timesteps.tolist()} for inference_steps={inference_steps}, but a diffusion "
-            f"policy needs as many different ones, in 0 … {K - 1}, from the noisiest on."
-        )
-    if (timesteps != timesteps.round()).any():
-        raise ValueError(
-            f"scheduler={name} runs the fractional timesteps {[round(t, 2) for t in timesteps.tolist()]} for "
-            f"inference_steps={inference_steps}, but the denoiser knows whole ones: use its option "
-            f"timestep_spacing='leading' or inference_steps={K}."
-        )
+    set_timesteps(scheduler, inference_steps)
+    name, prediction_type = type(scheduler).__name__, scheduler.config.prediction_type
     # Some schedulers' iterates have another variance than 1, which they undo for the denoiser.
     measured, scales = [], []
     generator, step_generator = th.Generator().manual_seed(0), th.Generator()
     keywords = {"generator": step_generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    for seed, t in enumerate(timesteps, start=1):
+    for seed, t in enumerate(scheduler.timesteps, start=1):
         scales.append(1 / float(scheduler.scale_model_input(th.ones(1), t)))
         sample, output = th.randn((2, *PROBE_SHAPE), generator=generator)
         sample = scales[-1] * sample
         step_generator.manual_seed(seed)
-        try:
+        with _refusing(name, f"a step with prediction_type={prediction_type!r}"):
             result = scheduler.step(output, t, sample, **keywords).prev_sample.double()
-        except (NotImplementedError, ValueError) as error:
-            raise ValueError(f"scheduler={name}: {error}") from error
         noise = th.randn(PROBE_SHAPE, generator=step_generator.manual_seed(seed))
         inputs = th.stack([sample, output, noise], dim=-1).double().flatten(0, -2)
         coefficients = th.linalg.lstsq(inputs, result.reshape(-1, 1)).solution
-        if (inputs @ coefficients - result.reshape(-1, 1)).abs().max() > TOLERANCE * result.std():
+        if not (inputs @ coefficients - result.reshape(-1, 1)).abs().max() <= TOLERANCE * result.std():
             raise ValueError(
                 f"scheduler={name}: its step at timestep {int(t)} is not a Gaussian transition whose mean is affine in the "
                 "sample and in the denoiser's output; steps of several evaluations or that use earlier ones are not. Choose "
-                "'ddpm', 'ddim' or, for a multistep solver, solver_order=1."
+                "'ddpm', 'ddim' or, for a multistep solver, solver_order=1 (for UniPC also disable_corrector=[0, 1, …])."
             )
-        measured.append(coefficients.flatten().tolist())
+        # LAPACK's last digits differ from call to call; a run that is resumed needs the same table.
+        measured.append([round(coefficient, 9) for coefficient in coefficients.flatten().tolist()])
     return [
         AffineStep(from_sample * scale / next_scale, from_output / next_scale, abs(sigma) / next_scale)
         for (from_sample, from_output, sigma), scale, next_scale in zip(measured, scales, [*scales[1:], 1.0], strict=True)

@@ -7,13 +7,18 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
+from torch import nn
 
 from sb3_dppo import DPPO
-from sb3_dppo.diffusion.acceleration import Compiled, CudaGraphs, precision_context, threads_for
+from sb3_dppo.diffusion.acceleration import MAX_GRAPHS, Compiled, CudaGraphs, precision_context, threads_for
 
 SAMPLERS = [dict(), dict(scheduler="ddim", inference_steps=2, ft_denoising_steps=2)]
 
@@ -92,6 +97,81 @@ def test_graphs_fall_back_where_there_is_no_gpu(caplog: pytest.LogCaptureFixture
         th.testing.assert_close(graphs([th.ones(2)], 3.0), th.full((2,), 3.0))
     assert graphs.failed
     assert "Not recorded as a CUDA graph" in caplog.text
+
+
+class FakeGraphs(CudaGraphs):
+    """Records as a GPU does: the kernels and the addresses, and no Python."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self.n_recorded = 0
+
+    def _record(self, tensors: Sequence[th.Tensor | None], *settings: Any) -> Any:
+        self.n_recorded += 1
+        inputs = [None if tensor is None else tensor.clone() for tensor in tensors]
+        outputs, function = self.function(*inputs, *settings), self.function
+
+        class Graph:
+            def replay(self) -> None:
+                outputs.copy_(function(*inputs, *settings))
+
+        return Graph(), inputs, outputs
+
+
+def test_there_are_few_graphs_and_they_are_those_that_are_used_most() -> None:
+    graphs = FakeGraphs(lambda x: 2 * x)
+    for round_ in range(20):
+        for size in (100, *range(1, 2 * MAX_GRAPHS), 100):
+            x = th.randn(size)
+            th.testing.assert_close(graphs([x]), 2 * x)
+        assert len(graphs._graphs) == MAX_GRAPHS, round_
+    # No graph is recorded for one that pushes it out again, and the most frequent one stays.
+    assert graphs.n_recorded == MAX_GRAPHS
+    # A size that comes into use gets one.
+    for _ in range(30):
+        graphs([th.randn(77)])
+    assert graphs.n_recorded == MAX_GRAPHS + 1 and len(graphs._graphs) == MAX_GRAPHS
+    assert any(key[0][0] == (77,) for key in graphs._graphs) and any(key[0][0] == (100,) for key in graphs._graphs)
+    graphs.clear()
+    assert not graphs._graphs and not graphs._calls
+
+
+def test_graphs_differ_by_settings_shapes_and_types() -> None:
+    @dataclass(frozen=True)
+    class Config:
+        factor: float
+
+    graphs = FakeGraphs(lambda x, config: config.factor * x)
+    for factor, dtype in ((2.0, th.float32), (3.0, th.float32), (2.0, th.float64), (2.0, th.float32)):
+        x = th.randn(3, dtype=dtype)
+        result = graphs([x], Config(factor))
+        assert result.dtype == dtype
+        th.testing.assert_close(result, factor * x)
+    assert graphs.n_recorded == 3
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.compiled = Compiled(self.run)
+        self.graphs = FakeGraphs(self.run)
+
+    def run(self, x: th.Tensor) -> th.Tensor:
+        return self.linear(x).relu()
+
+
+def test_what_was_compiled_or_recorded_keeps_no_policy_alive() -> None:
+    module = Small()
+    x = th.randn(2, 4)
+    with th.no_grad():
+        th.testing.assert_close(module.compiled(x.device, x), module.run(x))
+        th.testing.assert_close(module.graphs([x]), module.run(x))
+    assert not module.compiled.failed
+    references = [weakref.ref(module), weakref.ref(module.linear.weight)]
+    del module
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
 
 
 @pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
