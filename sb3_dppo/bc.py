@@ -149,7 +149,8 @@ class BC:
             raise ValueError(f"n_epochs={n_epochs} must be at least 1.")
         self._set_normalization()
         policy, steps_ahead = self.model.policy, np.arange(self.model.policy.horizon)
-        actions = policy.normalizer.normalize_actions(th.as_tensor(self.demonstrations.actions, dtype=th.float, device=policy.device))
+        actions = th.as_tensor(self.demonstrations.actions, dtype=th.float, device=policy.device)
+        actions = policy.normalizer.normalize_actions(actions)
         n_batches = max(1, round(len(self.first) / self.batch_size))
         step, n_steps = 0, n_epochs * n_batches
         parameters = list(policy.optimizer.param_groups[0]["params"])
