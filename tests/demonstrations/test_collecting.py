@@ -48,6 +48,10 @@ def test_envs_that_cannot_be_recorded() -> None:
     env.action_space = spaces.Discrete(2)  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"the env's action space is Discrete\(2\), not a Box"):
         collect_demonstrations(env, lambda obs, *_: (np.array(0), None), 1)
+    env = CountingEnv()
+    env.observation_space = spaces.Dict(a=env.observation_space, b=spaces.Tuple([spaces.Discrete(2)]))  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"the env's observations\['b'\] are Tuple\(Discrete\(2\)\): wrap it in.*FlattenObs"):
+        collect_demonstrations(env, lambda obs, *_: (np.zeros(2), None), 1)
     with pytest.raises(ValueError, match="n_episodes=0 must be at least 1"):
         collect_demonstrations(CountingEnv(), lambda obs, *_: (np.zeros(2), None), 0)
 

@@ -115,3 +115,21 @@ def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="not a local Minari dataset: get it with `minari download test/none-v0`"):
         load_demonstrations("minari:test/none-v0")
     BC(make_image_model(PictureEnv(space), **VIT), demonstrations).train(1, progress_bar=False)
+
+
+def test_observations_that_are_no_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    minari = pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    episode = minari.data_collector.EpisodeBuffer(
+        observations=(list(STATES[:4]), [0, 1, 0, 1]),
+        actions=list(ACTIONS[:3]),
+        rewards=[0.0] * 3,
+        terminations=[False] * 3,
+        truncations=[False, False, True],
+        infos={},
+    )
+    space, action_space = spaces.Tuple([STATE, spaces.Discrete(2)]), spaces.Box(-1, 1, (1,))
+    kwargs = dict(observation_space=space, action_space=action_space, data_format="hdf5")
+    minari.create_dataset_from_buffers("test/tuple-v0", [episode], **kwargs)
+    with pytest.raises(ValueError, match="the Minari dataset's observations are Tuple.*or make it a Dict"):
+        load_demonstrations("test/tuple-v0")
