@@ -92,9 +92,7 @@ class BC:
         warnings.warn(f"The demonstrations are of {env_id}, another version of the model's env {spec.id}.", stacklevel=3)
 
     def _set_normalization(self) -> None:
-        """
-        Give the policy the ranges of the demonstrations, per frame where frames are stacked.
-        """
+        """Give the policy the ranges of the demonstrations, per frame where frames are stacked."""
         vec_normalize = self.model.get_vec_normalize_env()
         if vec_normalize is not None and vec_normalize.norm_obs:
             warnings.warn(

@@ -129,46 +129,29 @@ class DenoisingRolloutBuffer(RolloutBuffer):
     # ------------------------------------------------------------------ storage
 
     def _allocate(self, capacity: int) -> None:
-        """
-        Make room for decisions and keep those that are there.
+        """Make room for as many decisions, and keep those that are there."""
 
-        :param capacity: Number of decisions to make room for.
-        """
+        def grown(old: Any, new: Any) -> Any:
+            if old is not None:
+                new[: self.pos] = old[: self.pos]
+            return new
+
         K, chunk = self.ft_denoising_steps, (self.horizon, self.action_dim)
-        tensors = dict(
-            chains=th.zeros((capacity, K + 1, *chunk)),
-            log_probs=th.zeros((capacity, K, self.horizon)),
-            old_values=th.zeros(capacity),
-        )
-        arrays = dict(
-            env_index=np.zeros(capacity, dtype=np.int64),
-            rewards=np.zeros(capacity),
-            n_executed=np.zeros(capacity, dtype=np.int64),
-            episode_end=np.zeros(capacity, dtype=bool),
-            bootstrap_values=np.zeros(capacity),
-        )
-        for name, tensor in tensors.items():
-            tensor = tensor.to(self.device)
-            if hasattr(self, name):
-                tensor[: self.pos] = getattr(self, name)[: self.pos]
-            setattr(self, name, tensor)
-        space = self.observation_space
-        shapes = self.obs_shape if isinstance(self.obs_shape, dict) else {"": self.obs_shape}
-        observations = {}
-        for key, part in parts_of_space(space).items():
+        for name, shape in dict(chains=(K + 1, *chunk), log_probs=(K, self.horizon), old_values=()).items():
+            new = th.zeros((capacity, *shape), device=self.device)
+            setattr(self, name, grown(getattr(self, name, None), new))
+        kinds = dict(env_index=int, rewards=float, n_executed=int, episode_end=bool, bootstrap_values=float)
+        for name, kind in kinds.items():
+            setattr(self, name, grown(getattr(self, name, None), np.zeros(capacity, dtype=kind)))
+        old, shapes = getattr(self, "observations", None), self.obs_shape
+        parts: Any = {}
+        for key, space in parts_of_space(self.observation_space).items():
             # Observations keep their type, except that nothing needs float64.
-            dtype = th.as_tensor(np.zeros((), dtype=part.dtype)).dtype
-            observations[key] = th.zeros((capacity, *shapes[key]), dtype=th.float if dtype == th.double else dtype).to(
-                self.device
-            )
-            if self.pos > 0:
-                old = self.observations[key] if isinstance(self.observations, dict) else self.observations
-                observations[key][: self.pos] = old[: self.pos]
-        self.observations = observations if isinstance(space, spaces.Dict) else observations[""]
-        for name, array in arrays.items():
-            if hasattr(self, name):
-                array[: self.pos] = getattr(self, name)[: self.pos]
-            setattr(self, name, array)
+            dtype = th.as_tensor(np.zeros((), dtype=space.dtype)).dtype
+            shape = shapes[key] if isinstance(shapes, dict) else shapes
+            new = th.zeros((capacity, *shape), dtype=th.float if dtype == th.double else dtype, device=self.device)
+            parts[key] = grown(old[key] if isinstance(old, dict) else old, new)
+        self.observations = parts if isinstance(self.observation_space, spaces.Dict) else parts[""]
         self.capacity = capacity
 
     observations: TensorDict | th.Tensor
@@ -185,18 +168,14 @@ class DenoisingRolloutBuffer(RolloutBuffer):
     bootstrap_values: np.ndarray
 
     def reset(self) -> None:
-        """
-        Forget all decisions.
-        """
+        """Forget all decisions."""
         BaseBuffer.reset(self)
         # Decisions that were made at the same env step: each env occurs at most once in such a slice.
         self.rounds: list[slice] = []
         self.last_decision = np.zeros(self.n_envs, dtype=np.int64)
 
     def size(self) -> int:
-        """
-        :return: D, the number of decisions.
-        """
+        """D, the number of decisions."""
         return self.pos
 
     def add(  # type: ignore[override]
@@ -250,9 +229,7 @@ class DenoisingRolloutBuffer(RolloutBuffer):
     # ------------------------------------------------------------------ returns
 
     def discounts(self) -> np.ndarray:
-        """
-        :return: γ to the number of executed actions over ``act_steps``, for each decision, shape (D,).
-        """
+        """γ to the number of executed actions over ``act_steps``, for each decision, shape (D,)."""
         return self.gamma ** (self.n_executed[: self.pos] / self.act_steps)
 
     def scale_rewards(self, scaler: RewardScaler) -> None:
@@ -318,11 +295,7 @@ class DenoisingRolloutBuffer(RolloutBuffer):
             yield self._get_samples(pairs[batch], decisions[values])
 
     def _get_samples(self, batch_inds: th.Tensor, value_index: th.Tensor) -> DenoisingRolloutBufferSamples:  # type: ignore[override]
-        """
-        :param batch_inds: Pairs, numbered decision by decision, shape (N,).
-        :param value_index: Decisions for the critic, shape (V,).
-        :return: A minibatch.
-        """
+        """A minibatch of pairs, numbered decision by decision, shape (N,), and the critic's decisions, shape (V,)."""
         decision_index = batch_inds // self.ft_denoising_steps
         denoising_index = batch_inds % self.ft_denoising_steps
         old_log_probs = self.log_probs[decision_index, denoising_index]

@@ -39,9 +39,7 @@ class ChunkQueue:
 
     @property
     def state(self) -> ChunkState:
-        """
-        :return: What :meth:`restore` takes.
-        """
+        """What :meth:`restore` takes."""
         return self.chunks, self.n_executed
 
     def restore(self, state: ChunkState) -> None:
@@ -56,9 +54,7 @@ class ChunkQueue:
 
     @property
     def empty(self) -> np.ndarray:
-        """
-        :return: Which envs have no action left, shape (n_envs,).
-        """
+        """Which envs have no action left, shape (n_envs,)."""
         return self.n_executed >= self.chunks.shape[1]
 
     def put(self, envs: np.ndarray, chunks: np.ndarray) -> None:
@@ -72,18 +68,14 @@ class ChunkQueue:
         self.n_executed[envs] = 0
 
     def pop(self) -> np.ndarray:
-        """
-        :return: The next action of each env, shape (n_envs, *action_space.shape).
-        """
+        """The next action of each env, shape (n_envs, *action_space.shape)."""
         actions = self.chunks[np.arange(len(self)), self.n_executed]
         self.n_executed += 1
         return actions
 
 
 class ChunkPolicy(ActorCriticPolicy):
-    """
-    A policy that plans chunks of actions and executes them one by one. What plans is left to its subclasses.
-    """
+    """A policy that plans chunks of actions and executes them one by one. What plans is left to its subclasses."""
 
     sampler: DiffusionSampler
     normalizer: Normalizer
@@ -107,9 +99,7 @@ class ChunkPolicy(ActorCriticPolicy):
 
     @property
     def generator(self) -> th.Generator:
-        """
-        :return: The generator that :meth:`predict` draws from: its own, so that evaluation does not change training.
-        """
+        """The generator that :meth:`predict` draws from: its own, so that evaluation does not change training."""
         if self._generator is None or self._generator.device.type != self.device.type:
             self._generator = th.Generator(device=self.device).manual_seed(self._seed)
         return self._generator

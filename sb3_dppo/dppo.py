@@ -298,9 +298,7 @@ class DPPO(DecisionRollouts):
 
     @property
     def shuffle_mode(self) -> str:
-        """
-        :return: What ``shuffle`` comes to: "pairs" or "decisions".
-        """
+        """What ``shuffle`` comes to: "pairs" or "decisions"."""
         if self.shuffle is not None:
             return self.shuffle
         return "decisions" if self.policy.extractor_learns else "pairs"
@@ -308,9 +306,7 @@ class DPPO(DecisionRollouts):
     # ------------------------------------------------------------------ update
 
     def train(self) -> None:
-        """
-        Update actor and critic, which share no parameters, on the current rollout.
-        """
+        """Update actor and critic, which share no parameters, on the current rollout."""
         self._rollout_start = None
         self.policy.set_training_mode(True)
         learning_rates = self._learning_rates()
@@ -349,7 +345,7 @@ class DPPO(DecisionRollouts):
         values = value_loss(self.policy, samples, settings.clip_range_vf, len(samples.value_index))
         bc_loss = th.zeros_like(values)
         if settings.bc_coef > 0:
-            bc_loss = behaviour_cloning_loss(self.policy, samples, n_pairs)
+            bc_loss = behaviour_cloning_loss(self.policy, samples, samples.bc_noise.shape[1])  # type: ignore[union-attr]
         loss = loss + settings.vf_coef * values + settings.bc_coef * bc_loss
         return loss, metrics | dict(value_loss=values.detach(), bc_loss=bc_loss.detach())
 
@@ -369,9 +365,7 @@ class DPPO(DecisionRollouts):
         return max(1, round(len(samples.decision_index) / CPU_SLICE_SIZE)) if self.device.type == "cpu" else 1
 
     def _minibatches(self) -> Iterator[DenoisingRolloutBufferSamples]:
-        """
-        :return: The minibatches of all epochs.
-        """
+        """The minibatches of all epochs."""
         for _ in range(self.n_epochs):
             for samples in self.rollout_buffer.get(self.batch_size, self.shuffle_mode):
                 if self.bc_coef > 0:
@@ -390,9 +384,7 @@ class DPPO(DecisionRollouts):
         )
 
     def _loss_settings(self) -> LossSettings:
-        """
-        :return: What the losses depend on now.
-        """
+        """What the losses depend on now."""
         progress, vf = self._current_progress_remaining, self.clip_range_vf
         clip_range = make_schedule("clip_range", self.clip_range)(progress)
         ranges = clip_ranges(
@@ -402,9 +394,7 @@ class DPPO(DecisionRollouts):
         return LossSettings(ranges, clip_range_vf, self.vf_coef, self.ent_coef, self.bc_coef, self.kl_coef)
 
     def _learning_rates(self) -> dict[str, float]:
-        """
-        :return: Those of actor, critic and η now.
-        """
+        """Those of actor, critic and η now."""
         if self._lr_arguments != (self.learning_rate, self.lr_decay, self.lr_warmup):
             self._setup_lr_schedule()
         progress, shape = self._current_progress_remaining, (self.lr_decay, self.lr_warmup)

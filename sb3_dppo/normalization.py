@@ -62,9 +62,7 @@ class Normalizer(nn.Module):
 
     @property
     def changes_observations(self) -> bool:
-        """
-        :return: Whether observations are normalised, with ranges of demonstrations.
-        """
+        """Whether observations are normalised, with ranges of demonstrations."""
         return bool((self.obs_center != 0).any() or (self.obs_scale != 1).any())
 
     def normalize_observations(self, obs: PyTorchObs) -> PyTorchObs:

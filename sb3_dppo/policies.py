@@ -177,9 +177,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
 
     @abstractmethod
     def _make_denoiser(self) -> Denoiser:
-        """
-        :return: The network of this kind of policy.
-        """
+        """The network of this kind of policy."""
 
     # ------------------------------------------------------------------ construction
 
@@ -247,9 +245,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
 
     @property
     def optimizers(self) -> list[th.optim.Optimizer]:
-        """
-        :return: Those of the actor, the critic and η.
-        """
+        """Those of the actor, the critic and η."""
         return [self.optimizer, self.critic_optimizer, self.eta_optimizer]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -262,9 +258,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         )
 
     def update_base_denoiser(self) -> None:
-        """
-        Copy the denoiser, with its features extractor, into the frozen base denoiser.
-        """
+        """Copy the denoiser, with its features extractor, into the frozen base denoiser."""
         self.base_denoiser.load_state_dict(self.denoiser.state_dict())
         self.base_features_extractor.load_state_dict(self.pi_features_extractor.state_dict())
 
@@ -460,9 +454,7 @@ class DiffusionMultiInputPolicy(DiffusionMlpPolicy):
 
 
 class _SequencePolicy(DiffusionActorCriticPolicy):
-    """
-    A policy whose denoiser works along the chunk, where a chunk of one action would leave it nothing to do.
-    """
+    """A policy whose denoiser works along the chunk, where a chunk of one action would leave it nothing to do."""
 
     def __init__(self, *args: Any, horizon: int = 4, **kwargs: Any) -> None:
         super().__init__(*args, horizon=horizon, **kwargs)  # type: ignore[misc]

@@ -35,9 +35,7 @@ class DecisionRollouts(ResumableAlgorithm):
     scale_rewards: bool
 
     def _sampler_config(self) -> SamplerConfig:
-        """
-        :return: The sampler's settings now.
-        """
+        """The sampler's settings now."""
         settings = {name: getattr(self, name) for name in SAMPLER_ARGUMENTS}
         floor = make_schedule("min_sampling_std", self.min_sampling_std)(self._current_progress_remaining)
         return SamplerConfig(**{**settings, "min_sampling_std": max(0.0, floor)})
@@ -59,9 +57,7 @@ class DecisionRollouts(ResumableAlgorithm):
         )
 
     def _apply_settings(self) -> None:
-        """
-        Let what was assigned to the model since the last rollout act from now on.
-        """
+        """Let what was assigned to the model since the last rollout act from now on."""
         config = self._sampler_config()
         if config != self.policy.sampler.config:
             self.policy.configure_sampler(config)

@@ -1,5 +1,6 @@
 """The algorithm: accounting of env steps and decisions, the update, and what users get wrong."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -321,6 +322,17 @@ def test_large_batch_warns_and_means_one() -> None:
 def test_untrained_base_denoiser_warns() -> None:
     with pytest.warns(UserWarning, match="ft_denoising_steps=2: the first 2 denoising steps.*never trained"):
         make_model(ft_denoising_steps=2).learn(16)
+
+
+@pytest.mark.parametrize("name", ["kl_coef", "bc_coef"])
+def test_regularising_towards_random_weights_warns(name: str) -> None:
+    model = make_model(batch_size=16, **{name: 0.1})
+    with pytest.warns(UserWarning, match=f"{name}=0.1 holds the policy to its base policy, which was never trained"):
+        model.learn(16)
+    model.pretrained_on_demonstrations = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.learn(16)
 
 
 def test_weight_decay_stays_off() -> None:

@@ -263,6 +263,61 @@ def test_policy_save_and_load_keeps_the_sampler(cls: type[DiffusionActorCriticPo
     assert (loaded.predict_values(obs) == policy.predict_values(obs)).all()
 
 
+def test_a_scheduled_floor_is_saved_with_the_policy(tmp_path: Path) -> None:
+    model = DPPO("DiffusionMlpPolicy", "Pendulum-v1", n_steps=32, batch_size=32, min_sampling_std="lin_0.3", device="cpu")
+    model.learn(128)
+    floor = model.policy.sampler.config.min_sampling_std
+    assert floor == pytest.approx(0.075)
+    model.policy.save(str(tmp_path / "policy.pt"))
+    assert DiffusionMlpPolicy.load(str(tmp_path / "policy.pt")).sampler.config.min_sampling_std == floor
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4, 1), (5, 1, 4, 2), (4, 3, 4, 2), (5, 3, 2)])
+def test_noise_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"noise has the shape .* but must have \(5, 3, 4, 2\)"):
+        make_policy().sample_chain(th.randn(3, 5), noise=th.randn(shape))
+
+
+def test_extractors_may_keep_tensors() -> None:
+    class Caching(nn.Module):
+        """Keeps features, and its parameters as others."""
+
+        features_dim = 5
+
+        def __init__(self, observation_space: spaces.Space) -> None:
+            super().__init__()
+            self.linear = nn.Linear(5, 5)
+            self.register_buffer("last", th.zeros(5))
+
+        def forward(self, obs: th.Tensor) -> th.Tensor:
+            features = self.linear(obs) + self.last
+            self.last = features.detach()[-1].clone()
+            return features
+
+    policy = make_policy(features_extractor_class=Caching)
+    obs = th.randn(3, 5)
+    chain = policy.sample_chain(obs).chain
+    policy.chain_log_prob(obs, chain).sum().backward()
+    policy.update_base_denoiser()
+    policy.sample_chain(obs)
+    policy.update_base_denoiser()
+
+
+@pytest.mark.parametrize(
+    "net_arch,widths",
+    [
+        ([64, 64], (64, 64)),
+        (dict(pi=[8, 4], vf=[16]), (8, 16)),
+        (dict(vf=[16, 16]), (256, 16)),
+        (None, (256, 256)),
+    ],
+)
+def test_widths_in_the_plainest_form(net_arch: Any, widths: tuple[int, int]) -> None:
+    policy = DiffusionMlpPolicy(BOX, spaces.Box(-1, 1, (2,)), lambda _: 1e-3, net_arch=net_arch)
+    first: Any = (policy.denoiser.mlp[0], policy.critic[0])  # type: ignore[index]
+    assert tuple(layer.out_features for layer in first) == widths
+
+
 @pytest.mark.parametrize("horizon,n_actions", [(1, 1), (4, 3), (8, 1), (16, 6)])
 def test_horizons_and_action_sizes(horizon: int, n_actions: int) -> None:
     for cls in (DiffusionMlpPolicy, DiffusionUnetPolicy):

@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch as th
 from torch import nn
@@ -109,35 +109,20 @@ class SamplerConfig:
             raise ValueError(f"learn_eta={self.learn_eta!r}: only DDIM has an η to learn, so use scheduler='ddim'.")
 
 
-class DiffusionNetworks(Protocol):
-    """
-    What :class:`DiffusionSampler` needs.
-
-    :param process: The denoising process that the sampler's settings make of the trained model's.
-    :param denoiser: The denoiser that is trained.
-    :param base_denoiser: The frozen denoiser.
-    :param eta_network: From features to the offset of a learned η, of :func:`make_eta_network`.
-    """
-
-    process: DenoisingProcess
-    denoiser: Denoiser
-    base_denoiser: Denoiser
-    eta_network: nn.Sequential
-
-
 class DiffusionSampler:
     """
     Samples chunks of actions from two denoisers, the trained one for the last K' steps and the frozen base for those before,
     and computes the log-probabilities of what was sampled.
 
     :param config: The settings.
-    :param networks: The module that has the networks, for instance a policy.
+    :param networks: What has the networks as attributes, for instance a policy: ``process``, ``denoiser``, ``base_denoiser``
+        and ``eta_network``, from features to the offset of a learned η (:func:`make_eta_network`).
     :param chunk_shape: (Tp, Da).
     :raises ValueError: naming the setting that does not fit the model.
     """
 
     def __init__(self, config: SamplerConfig, networks: Any, chunk_shape: tuple[int, int]) -> None:
-        self.networks: DiffusionNetworks = networks
+        self.networks = networks
         self.chunk_shape = chunk_shape
         self.compiled_denoise = Compiled(self._denoise)
         self.denoise_graphs = CudaGraphs(self._denoise)
@@ -145,9 +130,7 @@ class DiffusionSampler:
 
     @property
     def config(self) -> SamplerConfig:
-        """
-        :return: The settings. They can be replaced.
-        """
+        """The settings, which can be replaced."""
         return self._config
 
     @config.setter
@@ -157,52 +140,38 @@ class DiffusionSampler:
         self.forget()
 
     def forget(self) -> None:
-        """
-        Forget what was computed or recorded with the settings, and at the addresses, that the sampler had.
-        """
+        """Forget what was computed or recorded with the settings, and at the addresses, that the sampler had."""
         self._stds: dict[bool, tuple[th.Tensor, th.Tensor]] = {}
         self.denoise_graphs.clear()
 
     @property
     def process(self) -> DenoisingProcess:
-        """
-        :return: The denoising process.
-        """
+        """The denoising process."""
         return self.networks.process
 
     @property
     def inference_steps(self) -> int:
-        """
-        :return: S.
-        """
+        """S, the steps that are run."""
         return self.process.inference_steps
 
     @property
     def ft_denoising_steps(self) -> int:
-        """
-        :return: K'.
-        """
+        """K', the last of them, which are fine-tuned."""
         steps = self.config.ft_denoising_steps
         return self.inference_steps if steps is None else steps
 
     @property
     def n_base_steps(self) -> int:
-        """
-        :return: S - K', the steps that the base denoiser runs, which is the position in the process of denoising index 0.
-        """
+        """S - K', the steps that the base denoiser runs: the position in the process of denoising index 0."""
         return self.inference_steps - self.ft_denoising_steps
 
     @property
     def act_steps(self) -> int:
-        """
-        :return: Ta.
-        """
+        """Ta, the actions of a chunk that are executed."""
         return self.chunk_shape[0] if self.config.act_steps is None else self.config.act_steps
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """
-        :return: A context in which the networks' products have the configured precision. Distributions stay in float32.
-        """
+        """A context in which the networks' products have the configured precision. Distributions stay in float32."""
         return precision_context(self.process.table.device, self.config.precision)
 
     def draw_noise(self, n: int, generator: th.Generator | None = None) -> th.Tensor:
@@ -262,17 +231,11 @@ class DiffusionSampler:
         deterministic: bool,
     ) -> DenoisingChain:
         """
-        Run the denoising process: what is left of :meth:`sample` to compile.
+        What is left of :meth:`sample` to compile.
 
-        :param features: See :meth:`sample`.
-        :param base_features: See :meth:`sample`.
-        :param noise: See :meth:`sample`.
         :param step_std: Std of the noise that is added at each position, shape (S, 1, 1, 1) or (S, B, 1, Da).
         :param log_prob_std: Std of the log-probabilities, shape (K', 1, 1) or (B, K', 1, Da).
         :param learned_eta: DDIM's η, shape (B, 1, Da), if it is learned.
-        :param n_base_steps: See :meth:`sample`.
-        :param deterministic: See :meth:`sample`.
-        :return: Chunks, chains and log-probabilities.
         """
         process, noise_clip, first = self.process, self.config.noise_clip, self.n_base_steps
         exploration_eta = self.config.eta if learned_eta is None else learned_eta
@@ -423,9 +386,7 @@ class DiffusionSampler:
 
 
 class _InwardClamp(th.autograd.Function):
-    """
-    A clamp that passes on gradients that lead back inside, so that a parameter beyond a bound is not stuck there.
-    """
+    """A clamp that passes on gradients that lead back inside, so that a parameter beyond a bound is not stuck there."""
 
     @staticmethod
     def forward(ctx: Any, x: th.Tensor, low: float, high: float) -> th.Tensor:

@@ -42,7 +42,7 @@ def test_compiled_denoising_equals_denoising() -> None:
         expected, actual = (model.policy.sample_chain(obs, noise=noise) for model in (eager, compiled))
         for left, right in zip(expected, actual, strict=True):
             th.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
-    assert not compiled.policy._compiled_denoise.failed
+    assert not compiled.policy.sampler.compiled_denoise.failed
     # New weights reach what was compiled.
     before = compiled.policy.sample_chain(obs, noise=noise).actions
     compiled.learn(32)
@@ -61,7 +61,7 @@ def test_without_a_compiler_denoising_runs_as_it_is(tmp_path) -> None:
         "models = [DPPO('DiffusionMlpPolicy', 'Pendulum-v1', compile=c, **kwargs) for c in (True, False)]\n"
         "chains = [model.policy.sample_chain(obs, noise=noise) for model in models]\n"
         "assert all(th.equal(*pair) for pair in zip(*chains))\n"
-        "assert models[0].policy._compiled_denoise.failed\n"
+        "assert models[0].policy.sampler.compiled_denoise.failed\n"
         "models[0].learn(32)\n"
     )
     env = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
@@ -72,7 +72,7 @@ def test_without_a_compiler_denoising_runs_as_it_is(tmp_path) -> None:
 
 def test_policies_share_no_compiled_code() -> None:
     # PyTorch compiles a code object for at most eight different sets of shapes and modules, and then no more.
-    code = [make_model().policy._compiled_denoise._own_code().__code__ for _ in range(2)]
+    code = [make_model().policy.sampler.compiled_denoise._own_code().__code__ for _ in range(2)]
     assert code[0] is not code[1]
     assert code[0].co_name != code[1].co_name
     assert code[0].co_code == code[1].co_code
@@ -184,7 +184,7 @@ def test_graphs_equal_eager_denoising(sampler: dict) -> None:
             pairs = zip(*(m.policy.sample_chain(obs, deterministic, noise) for m in (graphed, eager)), strict=True)
             for left, right in pairs:
                 th.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
-    assert not graphed.policy._denoise_graphs.failed
+    assert not graphed.policy.sampler.denoise_graphs.failed
     graphed.learn(32)
     eager.policy.load_state_dict(graphed.policy.state_dict())
     th.testing.assert_close(
@@ -211,41 +211,6 @@ def test_chains_can_be_used_where_gradients_are_computed() -> None:
     obs = th.randn(2, 3)
     policy.chain_log_prob(obs, policy.sample_chain(obs).chain).sum().backward()
     assert policy.denoiser.mlp[0].weight.grad is not None
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        dict(),
-        dict(shuffle="decisions"),
-        dict(bc_coef=0.1, advantage_quantiles=(0.1, 0.9), clip_range_vf=0.2),
-        dict(batch_size=7),
-    ],
-)
-def test_slices_of_a_minibatch_add_up_to_it(kwargs: dict) -> None:
-    metrics, gradients = [], []
-    for n_accumulate in (1, 3, 1000):
-        model = make_model(n_accumulate=n_accumulate, n_steps=64, **kwargs)
-        callback = model._setup_learn(64)[1]
-        model.collect_rollouts(model.env, callback, model.rollout_buffer, 64)
-        th.manual_seed(1)
-        metrics.append(model._compute_gradients(next(model._minibatches())))
-        parameters = [*model.policy.denoiser.parameters(), *model.policy.critic.parameters()]
-        gradients.append([parameter.grad for parameter in parameters])
-    loss, whole = model.loss(next(iter(_same_minibatch(model))))
-    for other in metrics[1:]:
-        for name, value in metrics[0].items():
-            th.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6, msg=name)
-    th.testing.assert_close(metrics[0]["loss"], loss, rtol=1e-4, atol=1e-6)
-    th.testing.assert_close(metrics[0]["approx_kl"], whole["approx_kl"], rtol=1e-4, atol=1e-6)
-    for other_gradients in gradients[1:]:
-        for left, right in zip(gradients[0], other_gradients, strict=True):
-            th.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
-
-
-def _same_minibatch(model: DPPO):
-    th.manual_seed(1)
-    return model._minibatches()
 
 
 def test_small_batches_on_one_thread() -> None:
@@ -300,7 +265,7 @@ def test_settings_can_be_changed_on_loading(tmp_path) -> None:
     make_model(compile=True).save(tmp_path / "model")
     loaded = DPPO.load(tmp_path / "model", compile=False, precision="bfloat16", n_accumulate=2)
     assert loaded.policy.precision == "bfloat16"
-    assert loaded.policy._compile is False
+    assert loaded.policy.sampler.config.compile is False
     assert loaded.n_accumulate == 2
 
 

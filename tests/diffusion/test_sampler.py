@@ -1,5 +1,6 @@
 """η of DDIM: fixed, learned for each action dimension, learned as a function of the observation."""
 
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch as th
 
 from sb3_dppo import DPPO
+from sb3_dppo.diffusion.sampler import SamplerConfig
 
 
 def make_model(**kwargs: Any) -> DPPO:
@@ -118,6 +120,56 @@ def test_files_do_not_depend_on_how_eta_is_learned(tmp_path: Path) -> None:
     assert fixed.policy.sampler.config.learn_eta is None and fixed.policy.sampler.config.eta == 0.7
     assert fixed.get_parameters().keys() == model.get_parameters().keys()
     DPPO.load(tmp_path / "model", learn_eta=None, scheduler="ddpm", inference_steps=None).predict(obs[0].numpy())
+
+
+@pytest.mark.parametrize("learn_eta", ["action", "state"])
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_a_loaded_file_begins_where_eta_says(learn_eta: str, eta: float, tmp_path: Path) -> None:
+    make_model(scheduler="ddpm", inference_steps=None, eta=1.0).save(tmp_path / "model")
+    kwargs: dict[str, Any] = dict(scheduler="ddim", inference_steps=5, eta=eta, learn_eta=learn_eta)
+    loaded = DPPO.load(tmp_path / "model", **kwargs)
+    assert (etas(loaded) == eta).all()
+
+
+def test_other_bounds_leave_a_learned_eta_alone(tmp_path: Path) -> None:
+    model = make_model(learn_eta="action", eta=1.0)
+    th.nn.init.constant_(model.policy.eta_network[-1].bias, -0.5)  # type: ignore[arg-type]
+    model.save(tmp_path / "model")
+    for eta_range, expected in (((0.1, 1.0), 0.5), ((0.3, 0.9), 0.5), ((0.6, 0.9), 0.6), ((0.0, 0.4), 0.4)):
+        loaded = DPPO.load(tmp_path / "model", eta_range=eta_range)
+        th.testing.assert_close(etas(loaded), th.full((50, 1, 1), expected))
+
+
+def test_an_eta_beyond_a_bound_finds_back() -> None:
+    model = make_model(learn_eta="action", eta=1.0)
+    bias = model.policy.eta_network[-1].bias
+    for offset, sign, moves in ((0.5, 1, True), (0.5, -1, False), (-2.0, -1, True), (-2.0, 1, False)):
+        th.nn.init.constant_(bias, offset)  # type: ignore[arg-type]
+        (gradient,) = th.autograd.grad(sign * etas(model).mean(), bias)  # type: ignore[arg-type]
+        assert bool((gradient != 0).all()) == moves
+
+
+def test_other_settings_from_now_on() -> None:
+    policy = make_model().policy
+    before = policy.sampler.config
+    obs, noise = th.randn(3, 3), policy.draw_noise(3)
+    chain = policy.sample_chain(obs, noise=noise).chain
+    policy.configure_sampler(replace(before, min_sampling_std=0.5))
+    assert not th.allclose(policy.sample_chain(obs, noise=noise).chain, chain)
+    with pytest.raises(ValueError, match="ft_denoising_steps=7"):
+        policy.configure_sampler(replace(before, ft_denoising_steps=7))
+    with pytest.raises(ValueError, match="inference_steps=3 must divide"):
+        policy.configure_sampler(replace(before, inference_steps=3))
+    assert policy.sampler.config.min_sampling_std == 0.5
+    policy.configure_sampler(replace(before, inference_steps=10, ft_denoising_steps=10))
+    assert policy.sample_chain(obs).chain.shape == (3, 11, 2, 1)
+    policy.configure_sampler(before)
+    assert th.equal(policy.sample_chain(obs, noise=noise).chain, chain)
+
+
+def test_the_settings_cannot_be_changed_behind_the_samplers_back() -> None:
+    with pytest.raises(FrozenInstanceError):
+        SamplerConfig().eta = 0.5  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
