@@ -89,11 +89,7 @@ class ChunkPolicy(ActorCriticPolicy):
         """
 
     def seed(self, seed: int) -> None:
-        """
-        Seed the generator that :meth:`predict` draws from.
-
-        :param seed: The seed.
-        """
+        """Seed the generator that :meth:`predict` draws from."""
         self._seed = seed
         self._generator: th.Generator | None = None
 

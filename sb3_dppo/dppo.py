@@ -350,10 +350,7 @@ class DPPO(DecisionRollouts):
         return loss, metrics | dict(value_loss=values.detach(), bc_loss=bc_loss.detach())
 
     def _optimizers(self, train_actor: bool) -> list[th.optim.Optimizer]:
-        """
-        :param train_actor: Whether the actor is trained, or only the critic.
-        :return: Those that make this gradient step.
-        """
+        """Those that make the next gradient step."""
         optimizers = [self.policy.critic_optimizer]
         if train_actor:
             optimizers.append(self.policy.optimizer)
@@ -404,11 +401,7 @@ class DPPO(DecisionRollouts):
         }
 
     def _anneal(self, n_steps: int) -> None:
-        """
-        Fine-tune fewer denoising steps from now on, over what has been learned so far as the base policy.
-
-        :param n_steps: How many fewer.
-        """
+        """Fine-tune fewer denoising steps from now on, over what has been learned so far as the base policy."""
         steps = max(1, self.policy.sampler.ft_denoising_steps - n_steps)
         if steps == self.policy.sampler.ft_denoising_steps:
             return
@@ -431,7 +424,8 @@ class DPPO(DecisionRollouts):
         self.logger.record("train/learning_rate", learning_rates["learning_rate"])
         self.logger.record("train/critic_learning_rate", learning_rates["critic_learning_rate"])
         self.logger.record("train/ft_denoising_steps", self.policy.sampler.ft_denoising_steps)
-        self.logger.record("train/clip_range", settings.clip_ranges[-1].item())
+        clip_range = make_schedule("clip_range", self.clip_range)(self._current_progress_remaining)
+        self.logger.record("train/clip_range", clip_range)
         if settings.clip_range_vf is not None:
             self.logger.record("train/clip_range_vf", settings.clip_range_vf)
         self.logger.record("train/min_sampling_std", self.policy.sampler.config.min_sampling_std)

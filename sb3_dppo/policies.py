@@ -282,11 +282,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     # ------------------------------------------------------------------ features
 
     def _prepare(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> Any:
-        """
-        :param obs: Observations, shape (B, ...).
-        :param features_extractor: The extractor that they are for.
-        :return: What it takes: normalised and preprocessed, in training also augmented, if it has a method for that.
-        """
+        """What an extractor takes: normalised, preprocessed and, in training, augmented, if it has a method for that."""
         normalized = self.normalizer.normalize_observations(obs)
         prepared = preprocess_obs(normalized, self.observation_space, normalize_images=self.normalize_images)
         if features_extractor.training and hasattr(features_extractor, "augment"):
@@ -333,10 +329,8 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         Sample one chunk per observation, see :meth:`~sb3_dppo.diffusion.sampler.DiffusionSampler.sample`.
 
         :param obs: Observations, shape (B, ...).
-        :param deterministic: Evaluation instead of exploration: DDPM keeps a small std except at the last step, DDIM uses
-            η = 0, and the initial iterate stays random.
-        :param noise: Standard normal, shape (S+1, B, Tp, Da): the initial iterate, then one per step in the order in which
-            they run, before ``noise_clip``. ``None`` draws it.
+        :param deterministic: Evaluation instead of exploration.
+        :param noise: Standard normal, shape (S+1, B, Tp, Da). ``None`` draws it.
         :param use_base: Run the base denoiser at every step.
         :return: Chunks, chains and log-probabilities.
         :raises ValueError: for noise of another shape.
@@ -358,21 +352,16 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
             return sampler.sample(features, base_features, noise, n_base_steps, deterministic)
 
     def draw_noise(self, n: int, generator: th.Generator | None = None) -> th.Tensor:
-        """
-        :param n: B, the number of decisions.
-        :param generator: Where to draw from; ``None`` means PyTorch's default generator.
-        :return: What :meth:`sample_chain` takes as ``noise``: standard normal, shape (S+1, B, Tp, Da).
-        """
+        """What :meth:`sample_chain` takes as ``noise``: standard normal, shape (S+1, n, Tp, Da)."""
         return self.sampler.draw_noise(n, generator)
 
     def chain_log_prob(self, obs: PyTorchObs, chain: th.Tensor) -> th.Tensor:
         """
-        Log-probabilities of whole chains. Differentiable.
+        Log-probabilities of whole chains, see :meth:`~sb3_dppo.diffusion.sampler.DiffusionSampler.chain_log_prob`.
 
         :param obs: Observations, shape (B, ...).
         :param chain: Chains, shape (B, K'+1, Tp, Da).
-        :return: Elementwise log-densities, shape (B, K', Tp, Da).
-        :raises ValueError: for chains of another length.
+        :return: Elementwise log-densities, shape (B, K', Tp, Da). Differentiable.
         """
         return self.sampler.chain_log_prob(self.extract_features(obs), chain)
 

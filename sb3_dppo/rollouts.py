@@ -61,9 +61,9 @@ class DecisionRollouts(ResumableAlgorithm):
         config = self._sampler_config()
         if config != self.policy.sampler.config:
             self.policy.configure_sampler(config)
+        check_training_arguments(self)
         sampler, buffer = self.policy.sampler, self.rollout_buffer
         if (sampler.act_steps, sampler.ft_denoising_steps) != (buffer.act_steps, buffer.ft_denoising_steps):
-            check_training_arguments(self)
             self._make_rollout_buffer()
         self.rollout_buffer.gamma, self.rollout_buffer.gae_lambda = self.gamma, self.gae_lambda
 
@@ -157,12 +157,7 @@ class DecisionRollouts(ResumableAlgorithm):
         return chunks, values, sampled.log_prob.mean(dim=(2, 3))
 
     def _end_episodes(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
-        """
-        Tell the buffer which episodes have ended, with the value of the last observation of those that were truncated.
-
-        :param dones: Which episodes have ended, shape (n_envs,).
-        :param infos: What the envs said of the last step.
-        """
+        """Tell the buffer which episodes have ended, with the value of the last observation of those that were truncated."""
         ended = np.flatnonzero(dones)
         if len(ended) == 0:
             return

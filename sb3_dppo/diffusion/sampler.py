@@ -265,12 +265,7 @@ class DiffusionSampler:
         return DenoisingChain(iterates[-1], chain, log_prob)
 
     def _sampling_stds(self, deterministic: bool, learned_eta: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
-        """
-        :param deterministic: See :meth:`sample`.
-        :param learned_eta: DDIM's η, shape (B, 1, Da), if it is learned.
-        :return: The std of the noise that is added at each position, shape (S, 1, 1, 1) or (S, B, 1, Da), and the std of
-            log-probabilities for each denoising index, shape (K', 1, 1) or (B, K', 1, Da).
-        """
+        """``step_std`` and ``log_prob_std`` of :meth:`_denoise`."""
         if learned_eta is None and deterministic in self._stds:
             return self._stds[deterministic]
         eta = self.config.eta if learned_eta is None else learned_eta
@@ -377,11 +372,7 @@ class DiffusionSampler:
         return _InwardClamp.apply(self.config.eta + offset, *self.config.eta_range)[:, None]
 
     def _with_eta(self, sigma: th.Tensor, eta: float | th.Tensor) -> th.Tensor:
-        """
-        :param sigma: Std of some steps with η = 1.
-        :param eta: DDIM's η.
-        :return: Their std.
-        """
+        """The std of steps whose std with η = 1 is ``sigma``."""
         return eta * sigma if self.process.is_ddim else sigma
 
 
