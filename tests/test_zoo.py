@@ -1,8 +1,10 @@
 """The plug-in of rl_zoo3, in processes of their own as users run it."""
 
+import argparse
 import os
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import yaml
 
 from sb3_dppo import BC, DPPO, Demonstrations
 from sb3_dppo.policies import PAPER_POLICY_KWARGS
-from sb3_dppo.zoo import HYPERPARAMS, convert_dppo_params, hyperparams_file, sample_dppo_params
+from sb3_dppo.zoo import HYPERPARAMS, convert_dppo_params, hyperparams_file, sample_dppo_params, scripts
 
 SMALL = "policy_kwargs:dict(net_arch=dict(pi=[16],vf=[16]),denoising_steps=2,horizon=4)"
 
@@ -58,10 +60,61 @@ def test_optimise_and_train_a_trial(tmp_path: Path) -> None:
     assert "Loading from Optuna study" in out and "'clip_range_base'" in out
 
 
-def pretrained(path: Path) -> Path:
-    model = DPPO(
-        "DiffusionMlpPolicy", "Pendulum-v1", policy_kwargs=dict(net_arch=dict(pi=[16], vf=[16]), denoising_steps=10, horizon=4)
+def test_trials_fit_what_the_user_fixes(tmp_path: Path) -> None:
+    """n_steps is a multiple of the horizon; the stds' floors belong together, so neither is tuned beside a fixed one."""
+    policy_kwargs = "dict(net_arch=dict(pi=[16], vf=[16]), denoising_steps=2, horizon=3)"
+    entry = dict(policy="DiffusionMlpPolicy", n_envs=2, n_timesteps=300, policy_kwargs=policy_kwargs, min_logprob_std=0.5)
+    (tmp_path / "fixed.yml").write_text(yaml.dump({"Pendulum-v1": entry}))
+    storage = ("--storage", "sqlite:///study.db", "--study-name", "s")
+    common = ("--algo", "dppo", "--env", "Pendulum-v1", "--conf-file", "fixed.yml", *storage)
+    train(*common, "-optimize", "--n-trials", "2", "--eval-episodes", "1", "--no-optim-plots", cwd=tmp_path)
+    study = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path}/study.db")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 2
+    train(*common, "--trial-id", "1", cwd=tmp_path)
+    model = DPPO.load(tmp_path / "logs/dppo/Pendulum-v1_2/Pendulum-v1.zip")
+    params = convert_dppo_params(study.trials[1].params)
+    assert model.n_steps == params["n_steps"] and model.n_steps % 3 == 0
+    assert model.batch_size == params["batch_size"] and model.clip_range_base == params["clip_range_base"]
+    assert "min_sampling_std" not in params and model.min_logprob_std == 0.5
+
+
+def test_trials_with_a_pre_trained_agent_of_another_horizon(tmp_path: Path) -> None:
+    """Where the horizon is in a file, and floors that are not fixed are equal."""
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    entry = dict(policy="DiffusionMlpPolicy", n_timesteps=8, pretrained=str(pretrained(tmp_path / "agent.zip", horizon=7)))
+    (tmp_path / "fixed.yml").write_text(yaml.dump({"default": entry}))
+    manager = ExperimentManager(
+        argparse.Namespace(),
+        "dppo",
+        "Pendulum-v1",
+        str(tmp_path),
+        optimize_hyperparameters=True,
+        config=str(tmp_path / "fixed.yml"),
+        n_eval_episodes=1,
+        device="cpu",
+        verbose=0,
     )
+    assert manager.setup_experiment() is None
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    study.optimize(manager.objective, n_trials=1)
+    params = convert_dppo_params(study.trials[0].params)
+    assert params["n_steps"] % 7 == 0 and 0.03 <= params["min_sampling_std"] == params["min_logprob_std"] <= 0.3
+
+
+@pytest.mark.parametrize("act_steps", [1, 3, 16, 100])
+def test_converted_n_steps(act_steps: int) -> None:
+    """Close to the power of two, a multiple of act_steps, and at least two decisions."""
+    trial = dict(batch_size_pow=9, one_minus_gamma=0.1, one_minus_gae_lambda=0.1, clip_range=0.1, clip_range_base_fraction=1.0)
+    for power in range(6, 11):
+        n_steps = convert_dppo_params(trial | dict(n_steps_pow=power, act_steps=act_steps))["n_steps"]
+        assert n_steps % act_steps == 0 and n_steps >= 2 * act_steps
+        assert abs(n_steps - 2**power) <= max(act_steps / 2, 2 * act_steps - 2**power)
+
+
+def pretrained(path: Path, horizon: int = 4) -> Path:
+    policy_kwargs = dict(net_arch=dict(pi=[16], vf=[16]), denoising_steps=10, horizon=horizon)
+    model = DPPO("DiffusionMlpPolicy", "Pendulum-v1", n_steps=64 * horizon, policy_kwargs=policy_kwargs)
     rng = np.random.default_rng(0)
     demonstrations = Demonstrations(rng.normal(size=(50, 3)), rng.uniform(-2, 2, (50, 1)), np.array([50]))
     BC(model, demonstrations).train(1, progress_bar=False)
@@ -105,7 +158,44 @@ def test_explicit_door(tmp_path: Path) -> None:
     run("-m", "sb3_dppo.zoo", "train", *arguments, cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert (tmp_path / "logs/dppo/Pendulum-v1_1").is_dir()
     usage = run("-m", "sb3_dppo.zoo", "walk", cwd=tmp_path, check=False)
-    assert usage.returncode != 0 and "usage" in usage.stderr
+    assert usage.returncode != 0 and "usage" in usage.stderr and all(name in usage.stderr for name in scripts())
+    # It starts record_video in processes of their own.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    record = ("record_training", "--algo", "dppo", "--env", "Pendulum-v1", "-f", "logs", "-n", "20", "-o", "videos")
+    quiet = dict(PATH=path, SDL_VIDEODRIVER="dummy", PYTHONWARNINGS="ignore")
+    run("-m", "sb3_dppo.zoo", *record, cwd=tmp_path, check=False, TORCH_DEVICE_BACKEND_AUTOLOAD="0", **quiet)
+    assert list((tmp_path / "videos").glob("final-model-dppo-*.mp4"))
+
+
+def test_all_scripts_are_known() -> None:
+    modules = {path.stem for path in Path(str(files("rl_zoo3"))).rglob("*.py")}
+    programs = {"train", "enjoy", "record_video", "record_training", "load_from_hub", "push_to_hub", "benchmark", "cli"}
+    programs |= {"all_plots", "plot_from_file", "plot_train"}
+    assert {name.rsplit(".")[-1] for name in scripts()} == programs <= modules
+
+
+@pytest.mark.parametrize("script", ["load_from_hub", "record_training"])
+def test_scripts_without_experiments(script: str, tmp_path: Path) -> None:
+    """They import no more of rl_zoo3 than its utilities."""
+    algo = ("--algo", "dppo", "--env", "Pendulum-v1", "-f", "no-such-folder")
+    done = run("-m", f"rl_zoo3.{script}", *algo, cwd=tmp_path, check=False, TRUST_REMOTE_CODE="False")
+    assert "invalid choice" not in done.stderr
+    assert ("TRUST_REMOTE_CODE" if script == "load_from_hub" else "no-such-folder/dppo folder was not found") in done.stderr
+
+
+@pytest.mark.parametrize("first", ["import torch", "import rl_zoo3", "import stable_baselines3", "import sb3_dppo", "pass"])
+def test_algorithms_after_any_first_import(first: str, tmp_path: Path) -> None:
+    """PyTorch may be imported before rl_zoo3, or by it: the module under way is waited for."""
+    code = (
+        f"{first}\n"
+        "from rl_zoo3 import ALGOS\n"
+        "import sys, types, rl_zoo3.utils\n"
+        "assert ALGOS['dppo'].__name__ == 'DPPO' and type(rl_zoo3.utils) is types.ModuleType\n"
+        "assert 'optuna' not in sys.modules and 'diffusers' not in sys.modules\n"
+        "from rl_zoo3.exp_manager import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER\n"
+        "assert 'dppo' in HYPERPARAMS_SAMPLER and 'dppo' in HYPERPARAMS_CONVERTER\n"
+    )
+    assert run("-c", code, cwd=tmp_path).stderr == ""
 
 
 def test_registration_that_fails_leaves_pytorch_and_rl_zoo3_importable(tmp_path: Path) -> None:

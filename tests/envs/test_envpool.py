@@ -7,16 +7,26 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from rl_zoo3.utils import get_class_by_name
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor, load_results
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_dppo import DPPO
-from sb3_dppo.envs.envpool import EnvPoolVecEnv, use_envpool
+from sb3_dppo.envs import EnvPoolVecEnv, use_envpool
 from tests.test_zoo import SMALL, run, train
 
 USE_ENVPOOL = "vec_env_wrapper:'sb3_dppo.envs.use_envpool'"
+
+
+def test_no_env_is_imported_with_the_package(tmp_path: Path) -> None:
+    code = "import sys, sb3_dppo.envs; assert not {'envpool', 'metaworld', 'mujoco'} & set(sys.modules)"
+    run("-c", code, cwd=tmp_path)
+
+
+def test_name_in_hyperparameters() -> None:
+    assert get_class_by_name(USE_ENVPOOL.split("'")[1]) is use_envpool
 
 
 def test_error_without_envpool(monkeypatch: pytest.MonkeyPatch) -> None:
