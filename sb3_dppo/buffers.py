@@ -154,12 +154,12 @@ class DenoisingRolloutBuffer(RolloutBuffer):
         self.observations = parts if isinstance(self.observation_space, spaces.Dict) else parts[""]
         self.capacity = capacity
 
-    observations: TensorDict | th.Tensor
+    observations: TensorDict | th.Tensor  # type: ignore[assignment]
     chains: th.Tensor
-    log_probs: th.Tensor
+    log_probs: th.Tensor  # type: ignore[assignment]
     old_values: th.Tensor
-    advantages: th.Tensor
-    returns: th.Tensor
+    advantages: th.Tensor  # type: ignore[assignment]
+    returns: th.Tensor  # type: ignore[assignment]
     executed: th.Tensor
     env_index: np.ndarray
     rewards: np.ndarray
@@ -247,7 +247,7 @@ class DenoisingRolloutBuffer(RolloutBuffer):
         scaler.statistics.update(discounted)
         self.rewards[: self.pos] = scaler.scale(self.rewards[: self.pos])
 
-    def compute_returns_and_advantage(self, last_values: th.Tensor) -> None:
+    def compute_returns_and_advantage(self, last_values: th.Tensor) -> None:  # type: ignore[override]
         """
         Generalised advantage estimation over decisions (Schulman et al. 2016), never across the end of an episode.
 

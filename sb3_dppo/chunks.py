@@ -31,7 +31,7 @@ class ChunkQueue:
     def __init__(self, n_envs: int, act_steps: int, action_space: spaces.Space) -> None:
         # A type that holds the action space's bounds exactly.
         dtype = np.result_type(np.float32, action_space.dtype)  # type: ignore[arg-type]
-        self.chunks = np.zeros((n_envs, act_steps, *action_space.shape), dtype=dtype)  # type: ignore[misc]
+        self.chunks: Any = np.zeros((n_envs, act_steps, *(action_space.shape or ())), dtype=dtype)
         self.n_executed = np.full(n_envs, act_steps)
 
     def __len__(self) -> int:

@@ -285,9 +285,8 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         """What an extractor takes: normalised, preprocessed and, in training, augmented, if it has a method for that."""
         normalized = self.normalizer.normalize_observations(obs)
         prepared = preprocess_obs(normalized, self.observation_space, normalize_images=self.normalize_images)
-        if features_extractor.training and hasattr(features_extractor, "augment"):
-            prepared = features_extractor.augment(prepared)
-        return prepared
+        augment: Any = getattr(features_extractor, "augment", None)
+        return augment(prepared) if augment is not None and features_extractor.training else prepared
 
     def extract_features(  # type: ignore[override]
         self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor | None = None
@@ -315,8 +314,8 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         if self.extractor_learns:
             decision_index, rows = decision_index.unique(return_inverse=True)
         prepared = self._prepare(take(observations, decision_index), self.pi_features_extractor)  # type: ignore[arg-type]
-        extractors = [self.pi_features_extractor, *([self.base_features_extractor] if with_base else [])]
-        features = [extractor(prepared) for extractor in extractors]  # type: ignore[operator]
+        extractors: list[Any] = [self.pi_features_extractor, *([self.base_features_extractor] if with_base else [])]
+        features = [extractor(prepared) for extractor in extractors]
         features = features if rows is None else [value[rows] for value in features]
         return features[0], features[1] if with_base else None
 

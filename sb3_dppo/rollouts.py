@@ -33,6 +33,7 @@ class DecisionRollouts(ResumableAlgorithm):
     rollout_buffer: DenoisingRolloutBuffer  # type: ignore[assignment]
     reward_scaler: RewardScaler
     scale_rewards: bool
+    min_sampling_std: Any
 
     def _sampler_config(self) -> SamplerConfig:
         """The sampler's settings now."""

@@ -99,7 +99,7 @@ def _act_steps(manager: Any) -> int:
     try:
         model = DPPO(env=env, device=manager.device, _init_setup_model=False, **manager._hyperparams)
         model._setup_model()
-        return model.policy.act_steps
+        return model.policy.sampler.act_steps
     finally:
         env.close()
 
