@@ -106,10 +106,7 @@ class BC:
         )
 
     def _extreme(self, extreme: Callable[..., np.ndarray]) -> np.ndarray:
-        """
-        :param extreme: NumPy's minimum or maximum.
-        :return: That of the demonstrations' vectors, as the policy takes it.
-        """
+        """The minimum or maximum of the demonstrations' vectors, as the policy takes it."""
         values = {
             key: np.concatenate([extreme(np.asarray(self.demonstrations.parts[key]), axis=0)] * self.n_stack, axis=-1)
             for key in vector_keys(self.model.observation_space)
@@ -117,10 +114,7 @@ class BC:
         return values[""] if "" in values else np.concatenate([np.empty(0), *(value.ravel() for value in values.values())])
 
     def _observations(self, index: np.ndarray) -> Any:
-        """
-        :param index: Which transitions, shape (B,).
-        :return: The observations before them, as the policy takes them. Only these are read.
-        """
+        """The observations before some transitions, as the policy takes them. Only these are read."""
         tensors = {}
         for key, space in parts_of_space(self.model.observation_space).items():
             values = self.demonstrations.stacked_observations(index, self.n_stack, key)
@@ -191,13 +185,7 @@ class BC:
         return self.model
 
     def _evaluate(self, ema: Any, parameters: list[th.nn.Parameter], logger: Logger) -> None:
-        """
-        Log the return of the EMA of the policy.
-
-        :param ema: diffusers' ``EMAModel``.
-        :param parameters: The parameters that are trained.
-        :param logger: Where to log.
-        """
+        """Log the return of the EMA of the policy."""
         assert self.eval_env is not None
         policy = self.model.policy
         ema.store(parameters)
@@ -283,10 +271,7 @@ def main() -> None:
 
 
 def _parse(items: list[str]) -> dict[str, Any]:
-    """
-    :param items: "key:value" strings, values being Python literals, plain words or for classes their names.
-    :return: The dictionary that they mean.
-    """
+    """What "key:value" strings mean: values are Python literals, plain words or for classes their names."""
     parsed: dict[str, Any] = {}
     for item in items:
         key, _, value = item.partition(":")

@@ -182,11 +182,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     # ------------------------------------------------------------------ construction
 
     def _build(self, lr_schedule: Schedule) -> None:
-        """
-        Create networks, normalisation, sampler and optimisers.
-
-        :param lr_schedule: ``lr_schedule(1)`` is the initial learning rate of the optimisers.
-        """
+        """Create networks, normalisation, sampler and optimisers."""
         arguments = self._constructor_parameters
         self.denoiser = self._make_denoiser()
         residual = arguments["residual"] if arguments["critic_residual"] is None else arguments["critic_residual"]
@@ -448,10 +444,7 @@ class _SequencePolicy(DiffusionActorCriticPolicy):
         super().__init__(*args, horizon=horizon, **kwargs)  # type: ignore[misc]
 
     def _widths(self) -> Sequence[int]:
-        """
-        :return: Those of the denoiser.
-        :raises ValueError: for settings that it does not have.
-        """
+        """The denoiser's, which must have been given no settings of other denoisers."""
         for name in ("layer_norm", "obs_encoder_arch", "film"):
             if self._constructor_parameters[name]:
                 raise ValueError(

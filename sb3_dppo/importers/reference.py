@@ -92,10 +92,7 @@ def import_reference_checkpoint(
 
 
 def _read_tensors(checkpoint: str | Path | Mapping[str, Any]) -> Tensors:
-    """
-    :param checkpoint: Path or mapping.
-    :return: Tensors under the reference's names.
-    """
+    """Tensors under the reference's names."""
     if isinstance(checkpoint, (str, Path)):
         if not Path(checkpoint).is_file():
             raise ValueError(f"checkpoint={str(checkpoint)!r} does not exist.")
@@ -157,11 +154,7 @@ def _select(tensors: Tensors, prefix: str) -> Tensors:
 
 
 def _infer_architecture(denoiser: Tensors, critic: Tensors) -> dict[str, Any]:
-    """
-    :param denoiser: The denoiser's tensors.
-    :param critic: The critic's tensors, empty in a pre-trained checkpoint.
-    :return: The ``policy_kwargs`` that tensors tell.
-    """
+    """The ``policy_kwargs`` that tensors tell."""
     mlp = _select(denoiser, "mlp_mean.")
     encoder = _select(denoiser, "cond_mlp.")
     inferred: dict[str, Any] = dict(
@@ -189,18 +182,12 @@ def _has_layer_norm(mlp: Tensors) -> bool:
 
 
 def _widths(mlp: Tensors) -> list[int]:
-    """
-    :param mlp: Tensors of a plain or residual network.
-    :return: Widths of its layers, the output's last.
-    """
+    """Widths of its layers, the output's last."""
     return [len(value) for name, value in mlp.items() if name.endswith("weight") and value.dim() == 2]
 
 
 def _rename_mlp(mlp: Tensors) -> Tensors:
-    """
-    :param mlp: Tensors of a plain or residual network, under the reference's names.
-    :return: The same under the names of :func:`~sb3_dppo.diffusion.denoisers.make_mlp`.
-    """
+    """The same under the names of :func:`~sb3_dppo.diffusion.denoisers.make_mlp`."""
     if _is_residual(mlp):
         return {re.sub(r"\.l(\d)\.", r".linear\1.", name.removeprefix("layers.")): value for name, value in mlp.items()}
     stride = 3 if _has_layer_norm(mlp) else 2  # Linear, LayerNorm and activation are numbered.
@@ -214,10 +201,7 @@ def _rename_mlp(mlp: Tensors) -> Tensors:
 
 
 def _rename_denoiser(denoiser: Tensors) -> Tensors:
-    """
-    :param denoiser: A denoiser's tensors under the reference's names.
-    :return: The same under the names of :class:`~sb3_dppo.diffusion.denoisers.MlpDenoiser`.
-    """
+    """The same under the names of :class:`~sb3_dppo.diffusion.denoisers.MlpDenoiser`."""
     renamed = {f"mlp.{name}": value for name, value in _rename_mlp(_select(denoiser, "mlp_mean.")).items()}
     renamed |= {f"obs_encoder.{name}": value for name, value in _rename_mlp(_select(denoiser, "cond_mlp.")).items()}
     # Index 0 of the reference's time embedding has no weights: the sinusoids.
