@@ -1,5 +1,6 @@
 """What users can get wrong: arguments out of range, or that don't fit each other or the env, and what to do about it."""
 
+import difflib
 import math
 import warnings
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ SAMPLER_ARGUMENTS = tuple(field.name for field in fields(SamplerConfig))
 # Of SB3's own policies, and why a diffusion policy has no use for them.
 OTHER_NOISE = "a diffusion policy explores with the noise of its denoising steps, see min_sampling_std"
 NOT_ARGUMENTS = {
-    **dict.fromkeys(("use_sde", "log_std_init", "full_std", "use_expln"), OTHER_NOISE),
+    **dict.fromkeys(("use_sde", "sde_sample_freq", "log_std_init", "full_std", "use_expln"), OTHER_NOISE),
     "squash_output": "actions are scaled to the bounds of the action space",
     "ortho_init": "its networks begin with PyTorch's initial weights",
 }
@@ -35,17 +36,22 @@ CHOICES: dict[str, tuple[Any, ...]] = dict(
 )
 
 
-def check_names(arguments: Iterable[str]) -> None:
+def check_names(function: str, given: Iterable[str], known: Iterable[str]) -> None:
     """
-    :param arguments: Names of what a policy was given besides its own arguments.
-    :raises ValueError: for an argument of SB3's policies that has no meaning here, saying why.
-    :raises TypeError: for another that is none of the sampler's settings.
+    :param function: What was called.
+    :param given: Names of arguments.
+    :param known: Those that it takes.
+    :raises ValueError: for an argument of PPO that has no meaning here, saying why.
+    :raises TypeError: for another that is not known, naming the one that was probably meant.
     """
-    for name in arguments:
+    known = sorted(known)
+    for name in given:
         if name in NOT_ARGUMENTS:
-            raise ValueError(f"{name} is not an argument of diffusion policies: {NOT_ARGUMENTS[name]}. Leave it out.")
-        if name not in SAMPLER_ARGUMENTS:
-            raise TypeError(f"{name!r} is not an argument of diffusion policies, nor a setting of SamplerConfig.")
+            raise ValueError(f"{function} has no argument {name!r}: {NOT_ARGUMENTS[name]}. Leave it out.")
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {similar[0]!r}?" if similar else f"it takes {known}."
+            raise TypeError(f"{function} got an unexpected argument {name!r}: {hint}")
 
 
 def check_action_space(action_space: spaces.Space) -> None:
@@ -77,10 +83,9 @@ def check_training_arguments(model: Any) -> None:
     Check what only matters for training: a loaded model may have another number of envs, or never be trained.
 
     :param model: A DPPO model.
-    :raises TypeError: for an argument of another type, naming it.
-    :raises ValueError: for one that is out of range or does not fit the others, naming it.
+    :raises ValueError: naming the argument that is out of range or does not fit the others.
     """
-    _check_ranges(model)
+    check_ranges(model)
     act_steps, n_steps = model.policy.sampler.act_steps, model.policy.sampler.ft_denoising_steps
     if model.n_steps % act_steps != 0:
         raise ValueError(
@@ -106,7 +111,11 @@ def check_training_arguments(model: Any) -> None:
             )
 
 
-def _check_ranges(model: Any) -> None:
+def check_ranges(model: Any) -> None:
+    """
+    :param model: A DPPO model, which may have no policy yet.
+    :raises ValueError: naming the argument that is out of range.
+    """
     for names, fits, rule in (
         (AT_LEAST_ONE, lambda x: x >= 1 and not isinstance(x, float), "at least 1, a whole number"),
         (NOT_NEGATIVE, lambda x: x >= 0, "at least 0"),
@@ -120,7 +129,7 @@ def _check_ranges(model: Any) -> None:
             if value is None and name in OPTIONAL:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-                raise TypeError(f"{name}={value!r} must be a number{', or None' if name in OPTIONAL else ''}.")
+                raise ValueError(f"{name}={value!r} must be a number{', or None' if name in OPTIONAL else ''}.")
             if not fits(value):
                 raise ValueError(f"{name}={value!r} must be {rule}{', or None' if name in OPTIONAL else ''}.")
     for name in SCHEDULES:
@@ -145,7 +154,7 @@ def _check_ranges(model: Any) -> None:
         raise ValueError(f"advantage_quantiles={model.advantage_quantiles} must be two numbers with 0 <= low < high <= 1.")
     buffer_class = model.rollout_buffer_class
     if buffer_class is not None and not issubclass(buffer_class, DenoisingRolloutBuffer):
-        raise TypeError(
+        raise ValueError(
             f"rollout_buffer_class={buffer_class.__name__} keeps no denoising chains: derive it from "
             "sb3_dppo.buffers.DenoisingRolloutBuffer."
         )

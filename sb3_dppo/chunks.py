@@ -166,7 +166,8 @@ class ChunkPolicy(ActorCriticPolicy):
         """
         raise NotImplementedError(
             "A diffusion policy has no closed-form probability of an action, only of its denoising steps: "
-            "use sample_chain(obs) and chain_log_prob(obs, chain)."
+            "use sample_chain(obs) and chain_log_prob(obs, chain). Algorithms that need the former, such as imitation's BC "
+            "and GAIL, can't train it: use sb3_dppo.BC."
         )
 
     def get_distribution(self, obs: PyTorchObs) -> Any:

@@ -1,5 +1,6 @@
 """The algorithm: its arguments, and when what is updated. Its losses are in :mod:`sb3_dppo.losses`."""
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -14,6 +15,8 @@ from stable_baselines3.common.utils import explained_variance, update_learning_r
 from sb3_dppo.arguments import (
     SAMPLER_ARGUMENTS,
     check_action_space,
+    check_names,
+    check_ranges,
     check_training_arguments,
     warn_about_training_arguments,
 )
@@ -116,8 +119,9 @@ class DPPO(DecisionRollouts):
     :param device: Device (cpu, cuda, ...) on which the code should be run.
         Setting it to auto, the code will be run on the GPU if possible.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :param unknown: Nothing: arguments of other algorithms are refused with a reason
     :raises ValueError: naming the argument, for settings or an env that don't fit
-    :raises TypeError: naming the argument, for one of another type
+    :raises TypeError: for an argument that does not exist
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -187,7 +191,9 @@ class DPPO(DecisionRollouts):
         seed: int | None = None,
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
+        **unknown: Any,
     ) -> None:
+        check_names(f"{type(self).__name__}()", unknown, inspect.signature(DPPO.__init__).parameters)
         if env is not None:
             env = maybe_make_env(env, verbose)
             check_action_space(env.action_space)
@@ -262,6 +268,7 @@ class DPPO(DecisionRollouts):
         self.reward_scaler = RewardScaler()
 
         params = None if pretrained is None else read_pretrained(self, pretrained)
+        check_ranges(self)
         if _init_setup_model:
             self._setup_model()
             check_training_arguments(self)

@@ -12,7 +12,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_dppo.arguments import check_action_space, check_names
+from sb3_dppo.arguments import SAMPLER_ARGUMENTS, check_action_space, check_names
 from sb3_dppo.chunks import ChunkPolicy
 from sb3_dppo.diffusion.denoisers import Denoiser, MlpDenoiser, TransformerDenoiser, UnetDenoiser, make_mlp
 from sb3_dppo.diffusion.process import DenoisingChain, DenoisingProcess
@@ -120,7 +120,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         share_features_extractor: bool = False,
         **sampler: Any,
     ) -> None:
-        check_names(sampler)
+        check_names(type(self).__name__, sampler, SAMPLER_ARGUMENTS)
         if share_features_extractor:
             raise ValueError(
                 "share_features_extractor=True is not supported: the critic's gradients would change the features that the "

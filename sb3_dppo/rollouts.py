@@ -95,7 +95,7 @@ class DecisionRollouts(ResumableAlgorithm):
         dones = np.zeros(env.num_envs, dtype=bool)
         # Of the envs' current decisions, for callbacks.
         values = th.zeros((env.num_envs, 1), device=self.device)
-        log_probs = th.zeros((env.num_envs, self.policy.sampler.ft_denoising_steps), device=self.device)
+        log_probs = th.zeros(env.num_envs, device=self.device)
 
         callback.on_rollout_start()
 
@@ -103,6 +103,7 @@ class DecisionRollouts(ResumableAlgorithm):
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
             planning = np.ones_like(dones) if n_steps % act_steps == 0 else dones
             if planning.any():
+                values, log_probs = values.clone(), log_probs.clone()
                 chunks, values[planning], log_probs[planning] = self._plan(obs_tensor, np.flatnonzero(planning))
                 queue.put(planning, chunks)
             actions = clipped_actions = queue.pop()
@@ -146,7 +147,7 @@ class DecisionRollouts(ResumableAlgorithm):
         :param obs_tensor: What all envs observe, shape (n_envs, ...).
         :param env_index: Which envs, shape (B,).
         :return: Chunks for these envs, shape (B, Tp, *action_space.shape), values of their observations, shape (B, 1), and
-            mean log-probabilities of the denoising steps, shape (B, K').
+            log-probabilities averaged over the chains, shape (B,).
         """
         obs = take(obs_tensor, env_index)
         sampled = self.policy.sample_chain(obs)
@@ -155,7 +156,7 @@ class DecisionRollouts(ResumableAlgorithm):
         with th.no_grad():
             values = self.policy.predict_values(obs)
         self.rollout_buffer.add(env_index, obs, sampled.chain, sampled.log_prob, values)
-        return chunks, values, sampled.log_prob.mean(dim=(2, 3))
+        return chunks, values, sampled.log_prob.mean(dim=(1, 2, 3))
 
     def _end_episodes(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
         """Tell the buffer which episodes have ended, with the value of the last observation of those that were truncated."""
