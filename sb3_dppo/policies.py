@@ -185,16 +185,18 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
             raise ValueError(
                 f"deterministic_noise={deterministic_noise!r} is unknown: choose 'observation', 'zero' or 'random'."
             )
-        process = DenoisingProcess(
-            scheduler=scheduler,
-            denoising_steps=denoising_steps,
-            inference_steps=inference_steps,
-            beta_schedule=beta_schedule,
-            prediction_type=prediction_type,
-            clip_sample_range=clip_sample_range,
-            clip_noise_pred=clip_noise_pred,
-            clip_final_action=clip_final_action,
-        )
+        # Schedulers compute with numbers, also where the networks are only shapes.
+        with th.device("cpu"):
+            process = DenoisingProcess(
+                scheduler=scheduler,
+                denoising_steps=denoising_steps,
+                inference_steps=inference_steps,
+                beta_schedule=beta_schedule,
+                prediction_type=prediction_type,
+                clip_sample_range=clip_sample_range,
+                clip_noise_pred=clip_noise_pred,
+                clip_final_action=clip_final_action,
+            )
         self.inference_steps = process.inference_steps
         self.ft_denoising_steps = self.inference_steps if ft_denoising_steps is None else ft_denoising_steps
         if not 1 <= self.ft_denoising_steps <= self.inference_steps:
@@ -305,7 +307,7 @@ class DiffusionActorCriticPolicy(ActorCriticPolicy):
         self.register_buffer("action_scale", (largest - smallest) / 2)
 
         self.make_optimizers(lr_schedule(1))
-        self.seed(int(th.randint(2**31, ())))
+        self.seed(int(th.randint(2**31, (), device="cpu")))
 
     def make_optimizers(self, learning_rate: float) -> None:
         """
