@@ -80,8 +80,8 @@ class RunState:
                 model._last_obs, model._last_episode_starts = self.last_obs, self.last_episode_starts
                 return
             warnings.warn(
-                f"force_reset=False has no effect: the file was saved {model.num_timesteps - self.num_timesteps} env steps after "
-                "the start of a rollout, from which training goes on, and the env is not there any more.",
+                f"force_reset=False has no effect: the file was saved {model.num_timesteps - self.num_timesteps} env steps "
+                "after the start of a rollout, from which training goes on, and the env is not there any more.",
                 stacklevel=5,
             )
         model.env.seed(int(th.randint(2**31, ())))

@@ -106,9 +106,7 @@ class EnvGuard:
         while isinstance(self.venv, VecEnvWrapper):
             self.venv = self.venv.venv
         if model.on_bad_env == "reset" and not has_attr(self.venv, "reset"):
-            raise ValueError(
-                f"on_bad_env='reset', but a {type(self.venv).__name__} can't reset a single env: use 'raise', or another VecEnv."
-            )
+            raise ValueError(f"on_bad_env='reset', but a {type(self.venv).__name__} can't reset a single env: use 'raise'.")
         self._good_obs: VecEnvObs | None = None
 
     def __enter__(self) -> None:

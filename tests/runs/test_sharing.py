@@ -27,7 +27,9 @@ from torch import nn
 
 from sb3_dppo import BC, DPPO, Demonstrations
 from sb3_dppo.features.extractors import VitExtractor
-from sb3_dppo.runs.sharing import CLASSES, _sha256, decode_space, encode_space
+from sb3_dppo.runs.schema import CLASSES, read
+from sb3_dppo.runs.sharing import _sha256
+from sb3_dppo.runs.spaces import Space, describe_space
 
 SMALL = dict(net_arch=dict(pi=[16], vf=[16]), denoising_steps=4, horizon=4)
 FILES = {"config.json", "model.safetensors", "README.md"}
@@ -223,14 +225,14 @@ def test_bounds_of_spaces() -> None:
         spaces.MultiBinary([2, 3]),
         DICT,
     ):
-        encoded = json.loads(json.dumps(encode_space("space", space), allow_nan=False))
-        decoded = decode_space("space", encoded)
+        encoded = json.loads(json.dumps(describe_space("space", space), allow_nan=False))
+        decoded = read(Space, encoded)
         assert decoded == space
         if isinstance(space, spaces.Box) and isinstance(decoded, spaces.Box):
             assert decoded.dtype == space.dtype
             for bound in ("low", "high", "bounded_below", "bounded_above"):
                 np.testing.assert_array_equal(getattr(decoded, bound), getattr(space, bound))
-    assert len(json.dumps(encode_space("image", spaces.Box(0, 255, (1024, 1024, 3), np.uint8)))) < 100
+    assert len(json.dumps(describe_space("image", spaces.Box(0, 255, (1024, 1024, 3), np.uint8)))) < 100
 
 
 def test_every_class_that_may_be_named_works(tmp_path: Path) -> None:
@@ -363,7 +365,7 @@ def test_an_error_leaves_what_was_there(saved: Path, copied: Path, monkeypatch: 
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sb3_dppo.runs.sharing._make_card", full_disk)
+        patch.setattr("sb3_dppo.runs.sharing.make_card", full_disk)
         for folder in (copied, copied.parent / "new"):
             with pytest.raises(OSError, match="No space"):
                 model.save_pretrained(folder)

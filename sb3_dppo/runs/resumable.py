@@ -1,0 +1,299 @@
+"""What an algorithm needs to survive: a run that is watched while it learns, and models that go on where they were saved."""
+
+import difflib
+import inspect
+import io
+import pathlib
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar, get_type_hints
+
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+
+from sb3_dppo.runs.checkpoints import RunState
+from sb3_dppo.runs.faults import EnvGuard, changes_numbers, check_finite, interruptible
+from sb3_dppo.runs.files import atomic_write
+
+SelfResumable = TypeVar("SelfResumable", bound="ResumableAlgorithm")
+
+
+def constructor_arguments(cls: type) -> dict[str, Any]:
+    """
+    :param cls: A class.
+    :return: The annotations of its constructor's arguments by name, with those of the classes that it hands ``**kwargs`` to.
+    """
+    arguments: dict[str, Any] = {}
+    for base in cls.__mro__:
+        parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
+        hints = get_type_hints(base.__init__)  # type: ignore[misc]
+        arguments = {name: hints.get(name, Any) for name in named} | arguments
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return arguments
+
+
+class ResumableAlgorithm(OnPolicyAlgorithm):
+    """
+    An on-policy algorithm whose files go on exactly, and whose runs end with a clear message whatever happens.
+
+    A subclass has the attributes ``on_bad_env``, ``n_bad_env_resets``, ``reward_scaler`` (with ``forget_episodes(n_envs)``),
+    ``n_rollouts``, ``pretrained_on_demonstrations`` and the class attribute ``policy_aliases``, and its policy ``optimizers``,
+    ``generator`` and ``seed(seed)``. Its constructor calls :meth:`_init_run`, its ``collect_rollouts`` begins with
+    :meth:`_begin_rollout` and calls :meth:`_check_step` after each env step, and its ``train`` begins with
+    :meth:`_begin_update`.
+    """
+
+    reward_scaler: Any
+    policy: Any  # type: ignore[assignment]
+
+    def _init_run(self) -> None:
+        # The start of the rollout under way, from which a file that is saved now goes on.
+        self._rollout_start: RunState | None = None
+        # In files, and in a model that was loaded from one, until it learns.
+        self._run_state: RunState | None = None
+
+    def _check_before_learning(self) -> None:
+        """
+        Check what only matters for training: a loaded model may have another number of envs, or never be trained.
+
+        :raises ValueError: naming the argument.
+        """
+
+    # ------------------------------------------------------------------ a run
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Seed the generators of Python, NumPy, PyTorch, the env, the action space and the policy.
+
+        :param seed: The seed; ``None`` leaves everything as it is.
+        """
+        super().set_random_seed(seed)
+        if seed is not None and hasattr(self, "policy"):
+            self.policy.seed(seed)
+
+    def learn(
+        self: SelfResumable,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "run",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfResumable:
+        """
+        Return a trained model.
+
+        :param total_timesteps: Env steps to train on, a lower bound: rollouts are completed
+        :param callback: Callback(s) called at every env step with state of the algorithm
+        :param log_interval: Rollouts between two logs
+        :param tb_log_name: The name of the run for TensorBoard logging
+        :param reset_num_timesteps: Whether to reset the number of timesteps, used in logging and schedules
+        :param progress_bar: Display a progress bar using tqdm and rich
+        :return: The trained model
+        :raises ValueError: for settings that can't be trained with, or an env that returns NaN
+        """
+        if self.env is None:
+            name = type(self).__name__
+            raise ValueError(
+                f"The model has no env to learn in: pass env to {name}.load(path, env=env), or call set_env(env)."
+            )
+        self._check_before_learning()
+        with interruptible(self._describe_interruption), EnvGuard(self):
+            return super().learn(
+                total_timesteps=int(total_timesteps),
+                callback=callback,
+                log_interval=log_interval,
+                tb_log_name=tb_log_name,
+                reset_num_timesteps=reset_num_timesteps,
+                progress_bar=progress_bar,
+            )
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[int, BaseCallback]:
+        run_state, self._run_state, self._rollout_start = self._run_state, None, None
+        if run_state is not None and not reset_num_timesteps:
+            run_state.restore(self)
+        total_timesteps, callback = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
+        if run_state is not None and not reset_num_timesteps:
+            # After ``total_timesteps`` was counted from where the file was saved: what was collected of its rollout is
+            # collected again.
+            self.num_timesteps = self._num_timesteps_at_start = run_state.num_timesteps
+        assert self._last_episode_starts is not None
+        if self._last_episode_starts.all():
+            self.reward_scaler.forget_episodes(self.n_envs)
+        return total_timesteps, callback
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        # The last rollout may go beyond the total: schedules end at 0 and not below, where learning rates would be negative.
+        self._current_progress_remaining = max(0.0, 1.0 - num_timesteps / total_timesteps)
+
+    def _begin_rollout(self) -> None:
+        self._rollout_start = RunState.of(self)
+
+    def _begin_update(self) -> None:
+        self._rollout_start = None
+
+    def _check_step(self, obs: Any, rewards: Any) -> None:
+        """
+        :param obs: What the env returned: wrappers may have made NaN of what :class:`EnvGuard` has seen below them.
+        :param rewards: The rewards.
+        :raises ValueError: naming the env, if one of them is NaN or infinite.
+        """
+        if changes_numbers(self.env):  # type: ignore[arg-type]
+            when = self.describe_env_step()
+            check_finite("observation", obs, when)
+            check_finite("reward", rewards, when)
+
+    def describe_env_step(self) -> str:
+        """
+        :return: Which env step is being made, for errors.
+        """
+        return f"after env step {self.num_timesteps // self.n_envs + 1} (num_timesteps={self.num_timesteps})"
+
+    def _describe_interruption(self) -> str:
+        """
+        :return: Where training is, for the one who interrupts it.
+        """
+        where = f"Training was interrupted after {self.num_timesteps} env steps"
+        if self._rollout_start is None:
+            return f"{where}, in an update: a model saved now holds a part of it. Checkpoints go on exactly."
+        return f"{where}, in a rollout: a model saved now goes on exactly at the start of this rollout, as a checkpoint does."
+
+    # ------------------------------------------------------------------ files
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_rollout_start"]
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save the model in a zip file, with all that training needs to go on: ``DPPO.load(path, env=env).learn(total_timesteps,
+        reset_num_timesteps=False)``. A file saved in the middle of a rollout, as by ``CheckpointCallback``, goes on at the
+        start of this rollout. A path holds the whole new file or what was there before, whatever happens while it is written.
+
+        :param path: Path of the file (".zip" is added if it has no suffix), or an open file
+        :param exclude: Attributes to leave out, in addition to the default ones
+        :param include: Attributes to save that would be left out by default
+        :raises OSError: if the file can't be written, for instance because the disk is full
+        """
+        opened: AbstractContextManager[Any] = nullcontext(path)
+        if isinstance(path, (str, pathlib.Path)):
+            path = pathlib.Path(path)
+            opened = atomic_write(path if path.suffix else path.with_suffix(".zip"))
+        loaded = self._run_state
+        self._run_state = loaded or self._rollout_start or RunState.of(self)
+        try:
+            with opened as file:
+                super().save(file, exclude, include)
+        finally:
+            self._run_state = loaded
+
+    def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: th.device | str = "auto") -> None:
+        """
+        Load parameters from a zip file or a nested dictionary, see ``BaseAlgorithm.set_parameters``.
+
+        :param load_path_or_dict: Path, file, or dictionary of state dicts as ``get_parameters`` returns it
+        :param exact_match: Whether the parameters must be complete
+        :param device: Device on which the code should run
+        """
+        super().set_parameters(load_path_or_dict, exact_match=exact_match, device=device)
+        # How an optimiser runs belongs to this machine and not to the file.
+        for optimizer in self.policy.optimizers:
+            for group in optimizer.param_groups:
+                group.update(
+                    {flag: optimizer.defaults.get(flag) for flag in ("fused", "foreach", "capturable") if flag in group}
+                )
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls: type[SelfResumable],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfResumable:
+        """
+        Load the model from a zip file, see ``BaseAlgorithm.load``.
+
+        :param path: Path of the file, or the file
+        :param env: The env to run the loaded model on, with as many copies as you like; ``None`` if it is only to predict
+        :param device: Device on which the code should run
+        :param custom_objects: Dictionary of objects to replace upon loading
+        :param print_system_info: Whether to print system info from the saved model and the current system info
+        :param force_reset: Force a call to ``reset()`` before training. ``False`` is for an env that is where it was when the
+            file was saved; a file from the middle of a rollout goes on at the rollout's start, and so resets it in any case.
+        :param kwargs: Constructor arguments to change, for instance ``ft_denoising_steps``, ``scheduler`` or ``n_steps``. With
+            a ``seed``, training goes on with other random numbers than it would have.
+        :return: The loaded model
+        :raises TypeError: for an argument that the constructor does not have
+        """
+        cls._check_names("load", kwargs)
+        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        if model._run_state is not None and kwargs.get("seed") is not None:
+            model._run_state.generators = None
+        return model
+
+    @classmethod
+    def _check_names(cls, method: str, kwargs: dict[str, Any]) -> None:
+        known = set(constructor_arguments(cls)) - {"policy", "env", "pretrained", "_init_setup_model"}
+        for name in kwargs:
+            if name not in known:
+                similar = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {similar[0]!r}?" if similar else f"it takes {sorted(known)}."
+                raise TypeError(f"{cls.__name__}.{method}() got an unexpected argument {name!r}: {hint}")
+
+    def save_pretrained(self, folder: str | pathlib.Path) -> None:
+        """
+        Save the model in a folder that is safe to share: weights as safetensors, settings and spaces as JSON, a model card,
+        and nothing that is executed when it is loaded. The optimisers' state is not in it: to go on exactly, use :meth:`save`.
+
+        :param folder: The folder, made if it doesn't exist. In one that does, the files of an earlier model are replaced and
+            others stay.
+        :raises ValueError: naming the argument that can't be written, such as a function or a class of your own
+        """
+        from sb3_dppo.runs.sharing import save_pretrained  # pydantic takes a moment to load.
+
+        save_pretrained(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[SelfResumable],
+        folder: str | pathlib.Path,
+        env: GymEnv | str | None = None,
+        device: th.device | str = "auto",
+        **kwargs: Any,
+    ) -> SelfResumable:
+        """
+        Load a model from a folder that :meth:`save_pretrained` made. Nothing in it is executed, whoever made it.
+
+        :param folder: The folder
+        :param env: The env to run the model on, with as many copies as you like; ``None`` if it is only to predict. If the
+            model was trained with ``VecNormalize``, the env gets its statistics, in a ``VecNormalize`` of its own or a new one
+        :param device: Device on which the code should run
+        :param kwargs: Constructor arguments to change, for instance ``ft_denoising_steps``, ``scheduler`` or ``n_steps``
+        :return: The model
+        :raises FileNotFoundError: if the folder, or a file that belongs in it, does not exist
+        :raises ValueError: for files that are damaged, too large or not of such a model, or an env that does not fit it
+        :raises TypeError: for an argument that the constructor does not have, or that is the folder's
+        """
+        from sb3_dppo.runs.sharing import from_pretrained
+
+        cls._check_names("from_pretrained", kwargs)
+        return from_pretrained(cls, folder, env, device, kwargs)
