@@ -6,7 +6,7 @@ Whoever made the file, what comes out is numbers and names of a sensible size, s
 
 import reprlib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -50,6 +50,7 @@ SCHEDULERS = (
     *("DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"),
     *("EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "LCMScheduler", "TCDScheduler"),
 )
+SCHEDULER_NAMES = ("ddpm", "ddim", *SCHEDULERS)
 # What a sampler takes from the denoiser.
 DENOISER_OPTIONS = {
     *("num_train_timesteps", "beta_schedule", "trained_betas", "prediction_type", "clip_sample", "clip_sample_range")
@@ -62,7 +63,6 @@ NOT_SHARED = {
 NOT_POLICY_KWARGS = {"observation_space", "action_space", "lr_schedule", "use_sde"}
 REQUIRED = ("features_extractor_class", "optimizer_class", "horizon", "denoising_steps", "net_arch")
 
-
 Steps = Annotated[int, Field(strict=True, ge=1, le=MAX_DENOISING_STEPS)]
 Layers = Annotated[int, Field(strict=True, ge=1, le=MAX_ITEMS)]
 Size = Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE)]
@@ -72,8 +72,6 @@ Flag = Annotated[bool, Field(strict=True)]
 # A number, also as a string as YAML reads "1e-4", or what begins with it and falls to 0 linearly.
 Schedule = Finite | Annotated[str, Field(pattern=r"^(lin_)?[0-9.eE+-]+$", max_length=40)]
 Widths = Annotated[list[Size], Field(max_length=MAX_ITEMS)]
-
-
 # What annotations don't say.
 SPECIAL: dict[str, Any] = dict(
     denoising_steps=Steps,
@@ -82,7 +80,7 @@ SPECIAL: dict[str, Any] = dict(
     horizon=Size,
     depth=Layers,
     net_arch=make_fields("NetArch", dict(pi=Widths, vf=Widths)),
-    scheduler=Literal[("ddpm", "ddim", *SCHEDULERS)] | dict[Name, Any],
+    scheduler=Literal[SCHEDULER_NAMES] | dict[Name, Any],
 )
 TRAINING = dict(num_timesteps=Count, n_rollouts=Count, n_updates=Count, pretrained_on_demonstrations=Flag)
 TRAINING |= dict.fromkeys(("progress_remaining", "reward_mean", "reward_var", "reward_count"), Finite)
@@ -124,15 +122,19 @@ NORMALIZATION = {
 }
 
 
-def options_of(hints: Mapping[str, Any], largest: int = MAX_SIZE, required: tuple[str, ...] = ()) -> Any:
+def _some_of(hints: Mapping[str, Any], excluded: Collection[str] = (), largest: int = MAX_SIZE) -> Any:
     """
     :param hints: Annotations of a constructor's arguments.
+    :param excluded: Which of them may not be given.
     :param largest: Largest integer.
-    :param required: Which must be there.
-    :return: The type of some of these arguments.
+    :return: The type of some of the others.
     """
-    fields = {name: SPECIAL[name] if name in SPECIAL else bounded(hint, largest) for name, hint in hints.items()}
-    return make_fields("Options", {name: hint if name in required else NotRequired[hint] for name, hint in fields.items()})
+    fields = {
+        name: SPECIAL[name] if name in SPECIAL else bounded(hint, largest)
+        for name, hint in hints.items()
+        if name not in excluded
+    }
+    return make_fields("Arguments", {name: hint if name in REQUIRED else NotRequired[hint] for name, hint in fields.items()})
 
 
 def names_of(algorithm: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -158,9 +160,9 @@ def _config_of(algorithm: Any) -> Any:
             policy=Literal[tuple(algorithm.policy_aliases)],
             observation_space=Space,
             action_space=Space,
-            policy_kwargs=options_of(policy_kwargs, required=REQUIRED),
+            policy_kwargs=_some_of(policy_kwargs),
             # Folders of before may have "compile", which is not heeded: a stranger's would start a compiler.
-            arguments=options_of({"compile": bool | str, **arguments}, MAX_INTEGER),
+            arguments=_some_of({"compile": bool | str, **arguments}, largest=MAX_INTEGER),
             training=make_fields("Training", TRAINING),
             vec_normalize=make_fields("Normalization", NORMALIZATION) | None,
             weights_sha256=Name,
@@ -181,20 +183,16 @@ def read_config(algorithm: Any, config: Any) -> dict[str, Any]:
     values = config["policy_kwargs"]
     for name, given in (("features_extractor", {"observation_space"}), ("optimizer", {"params", "lr"})):
         if values.get(f"{name}_kwargs") is not None:
-            options = _options_of_class(values[f"{name}_class"], given)
+            options = _some_of(constructor_arguments(values[f"{name}_class"]), given)
             values[f"{name}_kwargs"] = read(options, values[f"{name}_kwargs"], f"policy_kwargs['{name}_kwargs']")
     scheduler, path = config["arguments"].get("scheduler"), "arguments['scheduler']"
     if isinstance(scheduler, dict):
         import diffusers
 
         name = read(Literal[SCHEDULERS], scheduler.pop("_class_name", None), f"{path}['_class_name']")
-        options = _options_of_class(getattr(diffusers, name), DENOISER_OPTIONS)
+        options = _some_of(constructor_arguments(getattr(diffusers, name)), DENOISER_OPTIONS)
         config["arguments"]["scheduler"] = {"_class_name": name, **read(options, scheduler, path)}
     return config
-
-
-def _options_of_class(cls: type, excluded: set[str]) -> Any:
-    return options_of({name: hint for name, hint in constructor_arguments(cls).items() if name not in excluded})
 
 
 def read(kind: Any, value: Any, path: str = "") -> Any:

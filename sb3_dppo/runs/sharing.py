@@ -8,6 +8,7 @@ configuration may say, and a policy is only built when the weights beside it are
 import hashlib
 import json
 import math
+import re
 import reprlib
 import shutil
 import uuid
@@ -16,7 +17,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from stable_baselines3.common.base_class import maybe_make_env
@@ -63,7 +63,6 @@ def save_pretrained(model: ResumableAlgorithm, folder: str | Path) -> None:
 
     :param model: The model.
     :param folder: Where.
-    :raises ValueError: naming what can't be written as JSON, before anything is written.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -103,10 +102,6 @@ def _policy_tensors(policy: th.nn.Module) -> dict[str, th.Tensor]:
 
 
 def _statistics(vec_normalize: VecNormalize) -> dict[str, th.Tensor]:
-    """
-    :param vec_normalize: The wrapper.
-    :return: Its statistics under the names that they have in the file, float64.
-    """
     statistics = {"ret_rms": vec_normalize.ret_rms}
     if vec_normalize.norm_obs:
         by_key = vec_normalize.obs_rms if isinstance(vec_normalize.obs_rms, dict) else {"": vec_normalize.obs_rms}
@@ -160,9 +155,7 @@ def _make_config(model: Any) -> dict[str, Any]:
 
 def _encode(name: str, value: Any) -> Any:
     """
-    :param name: Name of the argument, for errors.
-    :param value: Its value.
-    :return: What stands for it in JSON.
+    :return: What stands for an argument in JSON.
     :raises ValueError: if nothing does.
     """
     if isinstance(value, np.generic):
@@ -210,15 +203,8 @@ def from_pretrained(
     """
     See :meth:`sb3_dppo.DPPO.from_pretrained`.
 
-    :param algorithm: The model's class.
-    :param folder: The folder.
-    :param env: The env, or ``None``.
-    :param device: Device on which the code should run.
-    :param kwargs: Constructor arguments to change.
+    :param algorithm: The model's class; for the others see there.
     :return: The model.
-    :raises FileNotFoundError: for a missing folder or file.
-    :raises ValueError: for files that are no such model.
-    :raises TypeError: for an argument that the folder fixes.
     """
     if "policy_kwargs" in kwargs:
         raise TypeError(
@@ -243,12 +229,11 @@ def from_pretrained(
     try:
         model = _make_model(algorithm, config, env, device, kwargs)
     except Exception as error:  # Constructors of networks and optimisers raise almost anything.
-        if any(name in str(error) for name in kwargs):
-            raise
+        if any(re.search(rf"\b{name}\b", str(error)) for name in kwargs):
+            raise  # The caller's, and not the file's.
         raise ValueError(f"{CONFIG_FILE} is not of a model that can be made: {error}") from error
     # Their names have been compared with all but SB3's second ones.
     model.policy.load_state_dict({name.removeprefix("policy."): value for name, value in tensors.items()}, strict=False)
-    _restore_training(model, config["training"])
     return model
 
 
@@ -284,9 +269,6 @@ def _read_json(path: Path) -> Any:
 
 def _read_weights(path: Path, policy_class: Any, config: dict[str, Any]) -> dict[str, th.Tensor]:
     """
-    :param path: Path of the weights.
-    :param policy_class: Class of the policy.
-    :param config: The configuration.
     :return: All tensors of the file, of which those of the policy are the ones that it needs.
     :raises ValueError: if the file is damaged, or if tensors are missing, unknown or of other types or shapes.
     """
@@ -319,44 +301,37 @@ def _read_weights(path: Path, policy_class: Any, config: dict[str, Any]) -> dict
         raise ValueError(f"{WEIGHTS_FILE} can't be read as safetensors ({error}).") from error
 
 
-def _make_model(
-    algorithm: type[SelfResumable], config: dict[str, Any], env: VecEnv | None, device: th.device, kwargs: dict[str, Any]
-) -> SelfResumable:
+def _make_model(algorithm: Any, config: dict[str, Any], env: VecEnv | None, device: th.device, kwargs: dict[str, Any]) -> Any:
     """
-    :param algorithm: The model's class.
-    :param config: The configuration.
-    :param env: The env, or ``None``.
-    :param device: Device on which the code should run.
-    :param kwargs: Constructor arguments to change.
-    :return: A model with untrained networks.
-    :raises ValueError: if it would allocate too large a rollout buffer.
+    :return: A model of untrained networks, with the file's state of training.
     """
-    make: Any = algorithm
     arguments = {name: value for name, value in config["arguments"].items() if name != "compile"} | kwargs
-    policy_kwargs = config["policy_kwargs"]
-    model = make(config["policy"], None, device=device, policy_kwargs=policy_kwargs, _init_setup_model=False, **arguments)
+    policy_kwargs, training = config["policy_kwargs"], config["training"]
+    model = algorithm(config["policy"], None, device=device, policy_kwargs=policy_kwargs, _init_setup_model=False, **arguments)
     model.observation_space, model.action_space = config["observation_space"], config["action_space"]
     model.n_envs = 1 if env is None else env.num_envs
-    model._current_progress_remaining = config["training"]["progress_remaining"]
-    _check_rollout(model, policy_kwargs)
+    model._current_progress_remaining = training["progress_remaining"]
+    _check_rollout(model, policy_kwargs["horizon"], policy_kwargs["denoising_steps"])
     if env is not None:
         model.set_env(env)
     model._setup_model()
+    for name in ("num_timesteps", "n_rollouts", "pretrained_on_demonstrations"):
+        setattr(model, name, training[name])
+    model._n_updates = training["n_updates"]
+    rewards = model.reward_scaler.statistics
+    rewards.mean, rewards.var = np.array(training["reward_mean"]), np.array(training["reward_var"])
+    rewards.count = training["reward_count"]
     return model
 
 
-def _check_rollout(model: Any, policy_kwargs: dict[str, Any]) -> None:
+def _check_rollout(model: Any, horizon: int, denoising_steps: int) -> None:
     """
-    :param model: A model that is not set up yet.
-    :param policy_kwargs: Its architecture.
-    :raises ValueError: if it would allocate too large a rollout buffer.
+    :raises ValueError: if a model that is not set up yet would allocate too large a rollout buffer.
     """
-    horizon, n_steps = policy_kwargs["horizon"], policy_kwargs["denoising_steps"]
     decisions = model.n_steps // max(1, model.act_steps or horizon)
-    space = model.observation_space
-    parts: Any = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
+    parts: Any = parts_of_space(model.observation_space).values()
     n_bytes = sum(math.prod(part.shape) * min(4, part.dtype.itemsize) for part in parts)
-    n_bytes += 4 * (n_steps + 1) * horizon * (math.prod(model.action_space.shape or ()) + 1)
+    n_bytes += 4 * (denoising_steps + 1) * horizon * (math.prod(model.action_space.shape) + 1)
     if decisions * n_bytes > MAX_ROLLOUT_BYTES:
         raise ValueError(
             f"n_steps={model.n_steps} means a rollout buffer of {decisions * n_bytes} bytes per env, more than "
@@ -364,25 +339,13 @@ def _check_rollout(model: Any, policy_kwargs: dict[str, Any]) -> None:
         )
 
 
-def _restore_training(model: Any, training: dict[str, Any]) -> None:
-    model.num_timesteps = training["num_timesteps"]
-    model.n_rollouts = training["n_rollouts"]
-    model._n_updates = training["n_updates"]
-    model.pretrained_on_demonstrations = training["pretrained_on_demonstrations"]
-    statistics = model.reward_scaler.statistics
-    statistics.mean, statistics.var = (np.array(training[name]) for name in ("reward_mean", "reward_var"))
-    statistics.count = training["reward_count"]
-
-
 # ---------------------------------------------------------------------- VecNormalize
 
 
 def _read_statistics(tensors: dict[str, th.Tensor], settings: dict[str, Any] | None) -> dict[str, RunningMeanStd]:
     """
-    :param tensors: All tensors of the file, from which those that are not the policy's are taken away.
-    :param settings: Arguments of ``VecNormalize``, or ``None`` if there was none.
-    :return: Its statistics, "ret_rms" and "obs_rms" or "obs_rms.KEY".
-    :raises ValueError: if they don't belong together.
+    :return: Of all tensors of the file those that are not the policy's, as "ret_rms" and "obs_rms" or "obs_rms.KEY".
+    :raises ValueError: if they are not of a ``VecNormalize`` with these settings.
     """
     found = {name: tensors.pop(name) for name in list(tensors) if name.startswith("vec_normalize.")}
     names = []
@@ -406,9 +369,6 @@ def _read_statistics(tensors: dict[str, th.Tensor], settings: dict[str, Any] | N
 
 def _with_statistics(env: VecEnv, settings: dict[str, Any], statistics: dict[str, RunningMeanStd]) -> VecEnv:
     """
-    :param env: The env to learn in.
-    :param settings: Arguments of the ``VecNormalize`` that the model was trained with.
-    :param statistics: What it had seen.
     :return: The env, with these statistics: in its own ``VecNormalize``, or else in one around it.
     :raises ValueError: if they are of other observations.
     """

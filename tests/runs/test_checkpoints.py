@@ -20,8 +20,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from sb3_dppo import DPPO
 from tests import scenarios
-from tests.toy_envs import WalkEnv
 from tests.scenarios import N_ENVS, SETTINGS, SMALL, TOTAL, StopAt, fingerprint, make_env, make_model, process
+from tests.toy_envs import WalkEnv
 
 
 def run(folder: Path, target: Callable[..., None], *args: Any) -> Path:

@@ -24,8 +24,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 from sb3_dppo import DPPO
 from sb3_dppo.runs.faults import changes_numbers
 from tests import scenarios
-from tests.toy_envs import WalkEnv
 from tests.scenarios import N_ENVS, SETTINGS, TOTAL, FaultyEnv, process
+from tests.toy_envs import WalkEnv
 
 BOTH = pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv])
 
