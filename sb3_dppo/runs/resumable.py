@@ -80,7 +80,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int = 1,
-        tb_log_name: str = "run",
+        tb_log_name: str = "DPPO",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfResumable:

@@ -19,10 +19,9 @@ from typing_extensions import NotRequired
 
 from sb3_dppo.features.extractors import EXTRACTORS
 from sb3_dppo.runs.resumable import constructor_arguments
-from sb3_dppo.runs.spaces import Finite, Infinity, Space, make_fields
+from sb3_dppo.runs.spaces import MAX_ITEMS, Finite, Infinity, Space, make_fields
 
 CONFIG_FILE, FORMAT = "config.json", "sb3-dppo 1"
-MAX_ITEMS = 256  # layers of a network, options of a class
 MAX_SIZE = 2**14  # widths, channels, the horizon
 MAX_DENOISING_STEPS = 1000
 MAX_INTEGER = 2**63

@@ -20,6 +20,7 @@ import torch as th
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import (
@@ -34,7 +35,6 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, VecTransposeI
 from sb3_dppo._version import __version__
 from sb3_dppo.features.observations import parts_of_space
 from sb3_dppo.runs.card import make_card
-from sb3_dppo.runs.resumable import ResumableAlgorithm
 from sb3_dppo.runs.schema import (
     CLASSES,
     CONFIG_FILE,
@@ -47,7 +47,7 @@ from sb3_dppo.runs.schema import (
 )
 from sb3_dppo.runs.spaces import describe_space
 
-SelfResumable = TypeVar("SelfResumable", bound=ResumableAlgorithm)
+SelfAlgorithm = TypeVar("SelfAlgorithm", bound=OnPolicyAlgorithm)
 
 WEIGHTS_FILE, CARD_FILE = "model.safetensors", "README.md"
 MAX_JSON_BYTES = 2**20  # of the configuration, and of the header of the weights
@@ -57,7 +57,7 @@ MAX_ROLLOUT_BYTES = 2**29  # per env
 # ---------------------------------------------------------------------- saving
 
 
-def save_pretrained(model: ResumableAlgorithm, folder: str | Path) -> None:
+def save_pretrained(model: OnPolicyAlgorithm, folder: str | Path) -> None:
     """
     See :meth:`sb3_dppo.DPPO.save_pretrained`.
 
@@ -194,12 +194,12 @@ def _encode(name: str, value: Any) -> Any:
 
 
 def from_pretrained(
-    algorithm: type[SelfResumable],
+    algorithm: type[SelfAlgorithm],
     folder: str | Path,
     env: GymEnv | str | None,
     device: th.device | str,
     kwargs: dict[str, Any],
-) -> SelfResumable:
+) -> SelfAlgorithm:
     """
     See :meth:`sb3_dppo.DPPO.from_pretrained`.
 

@@ -9,6 +9,7 @@ from gymnasium import spaces
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+MAX_ITEMS = 256  # keys of a Dict, layers of a network, options of a class
 MAX_OBSERVATION_SIZE = 2**22  # numbers in an observation or action: an image of 1024 × 1024 with four channels
 
 
@@ -81,7 +82,9 @@ _Part = (
     | make_fields("MultiDiscrete", dict(type=Literal["MultiDiscrete"], nvec=list[_Size], dtype=_Dtype))
     | make_fields("MultiBinary", dict(type=Literal["MultiBinary"], shape=_Shape))
 )
-_Parts: Any = dict[str, Annotated[_Part, Field(discriminator="type")]]  # type: ignore[valid-type]
+_Parts: Any = Annotated[  # type: ignore[valid-type]
+    dict[str, Annotated[_Part, Field(discriminator="type")]], Field(max_length=MAX_ITEMS)  # type: ignore[valid-type]
+]
 _Dict = make_fields("Dict", dict(type=Literal["Dict"], spaces=_Parts))
 # What stands for a space in JSON, and becomes one.
 Space: Any = Annotated[_Part | _Dict, Field(discriminator="type"), AfterValidator(_make)]  # type: ignore[valid-type]

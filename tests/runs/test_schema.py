@@ -1,7 +1,9 @@
 """Configurations and weights that were damaged, or made to do damage."""
 
+import json
 import os
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_dppo import DPPO
+from tests.damage import memory_limit
 from tests.runs.shared_folders import accept_weights, change_config, change_weights, make_model
 
 # ---------------------------------------------------------------------- hostile folders
@@ -44,6 +47,8 @@ def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+MANY_STEPS = r"arguments\['inference_steps'\]=3000000: .*less than or equal to 1000"
+BOX = dict(type="Box", shape=[1, 36, 36], dtype="uint8", low=0, high=255)
 KWARGS, ARGUMENTS, OBS = "policy_kwargs", "arguments", "observation_space"
 
 
@@ -100,6 +105,12 @@ KWARGS, ARGUMENTS, OBS = "policy_kwargs", "arguments", "observation_space"
         (_set(ARGUMENTS, "act_steps", to=0), "act_steps=0"),
         (_set(ARGUMENTS, "seed", to=2**62), "can be made"),
         (_set(ARGUMENTS, "ft_denoising_anneal", to=[1, 2, 3]), "ft_denoising_anneal"),
+        (lambda config: config[ARGUMENTS].update(scheduler="EulerDiscreteScheduler", inference_steps=3 * 10**6), MANY_STEPS),
+        (lambda config: config[ARGUMENTS].update(scheduler="ddim", inference_steps=0), "greater than or equal to 1"),
+        (
+            _set(ARGUMENTS, "scheduler", to="StableDiffusionPipeline"),
+            r"\['scheduler'\]='StableDiffusionPipeline': Input should be",
+        ),
         (_set(ARGUMENTS, "scheduler", to="euler"), r"arguments\['scheduler'\]='euler': Input should be 'ddpm', 'ddim'"),
         (
             _set(ARGUMENTS, "scheduler", to={"_class_name": "DiffusionPipeline"}),
@@ -148,6 +159,7 @@ KWARGS, ARGUMENTS, OBS = "policy_kwargs", "arguments", "observation_space"
             ),
             "more than 4194304 numbers",
         ),
+        (_set(OBS, to=dict(type="Dict", spaces={str(i): BOX for i in range(300)})), "at most 256 items"),
         (_set("action_space", to=dict(type="Discrete", n=2, start=0)), "can be made"),
         (_set("action_space", "high", to="inf"), "infinite bounds"),
     ],
@@ -159,6 +171,43 @@ def test_hostile_configurations(change: Callable[[dict[str, Any]], Any], message
         return
     with pytest.raises(ValueError, match=message):
         DPPO.from_pretrained(copied)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(net_arch=dict(pi=[16384] * 255, vf=[16384] * 255)),
+        dict(policy="DiffusionUnetPolicy", horizon=16384, net_arch=dict(pi=[16384] * 14, vf=[1])),
+        dict(
+            policy="DiffusionTransformerPolicy", horizon=16384, net_arch=dict(pi=[16384] * 256, vf=[1]), denoising_steps=1000
+        ),
+        dict(
+            policy="DiffusionCnnPolicy",
+            observation_space=dict(BOX, shape=[1, 2048, 2048]),
+            features_extractor_class="VitExtractor",
+            features_extractor_kwargs=dict(depth=256, width=16384, patch_size=1, spatial_dim=16384),
+        ),
+    ],
+)
+def test_networks_that_do_not_fit_in_memory(changes: dict[str, Any], copied: Path) -> None:
+    """Terabytes, of which nothing is allocated."""
+
+    def change(config: dict[str, Any]) -> None:
+        for name, value in changes.items():
+            (config if name in config else config[KWARGS])[name] = value
+
+    change_config(copied, change)
+    start = time.monotonic()
+    with memory_limit(2**30), pytest.raises(ValueError, match="does not fit config.json"):
+        DPPO.from_pretrained(copied)
+    assert time.monotonic() - start < 30
+
+
+def test_a_stranger_does_not_choose_to_compile(saved: Path, copied: Path) -> None:
+    assert "compile" not in json.loads((saved / "config.json").read_text())[ARGUMENTS]
+    change_config(copied, _set(ARGUMENTS, "compile", to=True))
+    assert DPPO.from_pretrained(copied).compile == "auto"
+    assert DPPO.from_pretrained(copied, compile=False).compile is False
 
 
 @pytest.mark.parametrize(

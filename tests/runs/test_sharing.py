@@ -131,8 +131,15 @@ def test_changing_arguments(saved: Path) -> None:
     assert loaded.learn(48).num_timesteps == 48
     with pytest.raises(TypeError, match=r"from_pretrained\(\).*'ft_denoising_step'.*did you mean 'ft_denoising_steps'"):
         DPPO.from_pretrained(saved, ft_denoising_step=2)
-    with pytest.raises(ValueError, match="ft_denoising_steps=9"):
-        DPPO.from_pretrained(saved, ft_denoising_steps=9)
+    with pytest.raises(TypeError, match="policy_kwargs can't be passed .*: the architecture is that of the folder's"):
+        DPPO.from_pretrained(saved, policy_kwargs=dict(horizon=8))
+    # What the caller passed is not blamed on the file.
+    for changes in (dict(ft_denoising_steps=9), dict(scheduler="ddim", inference_steps=3), dict(eta=2.0), dict(learn_eta="x")):
+        with pytest.raises(ValueError, match=list(changes)[-1]) as caught:
+            DPPO.from_pretrained(saved, **changes)
+        assert "config.json" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="nowhere"):
+        DPPO.from_pretrained(saved, device="nowhere")
     with pytest.raises(ValueError, match="Observation spaces do not match"):
         DPPO.from_pretrained(saved, env="Hopper-v5")
 
