@@ -1,6 +1,5 @@
 """What users can get wrong: arguments out of range, or that don't fit each other or the env, and what to do about it."""
 
-import difflib
 import math
 import warnings
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from gymnasium import spaces
 from sb3_dppo.buffers import DenoisingRolloutBuffer
 from sb3_dppo.diffusion.sampler import SamplerConfig
 from sb3_dppo.runs.faults import ON_BAD_ENV
+from sb3_dppo.runs.resumable import refuse_unknown
 from sb3_dppo.schedules import make_schedule
 
 SAMPLER_ARGUMENTS = tuple(field.name for field in fields(SamplerConfig))
@@ -44,14 +44,9 @@ def check_names(function: str, given: Iterable[str], known: Iterable[str]) -> No
     :raises ValueError: for an argument of PPO that has no meaning here, saying why.
     :raises TypeError: for another that is not known, naming the one that was probably meant.
     """
-    known = sorted(known)
-    for name in given:
-        if name in NOT_ARGUMENTS:
-            raise ValueError(f"{function} has no argument {name!r}: {NOT_ARGUMENTS[name]}. Leave it out.")
-        if name not in known:
-            similar = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {similar[0]!r}?" if similar else f"it takes {known}."
-            raise TypeError(f"{function} got an unexpected argument {name!r}: {hint}")
+    for name in set(given) & set(NOT_ARGUMENTS):
+        raise ValueError(f"{function} has no argument {name!r}: {NOT_ARGUMENTS[name]}. Leave it out.")
+    refuse_unknown(function, given, known)
 
 
 def check_action_space(action_space: spaces.Space) -> None:

@@ -266,6 +266,7 @@ class DPPO(DecisionRollouts):
         # RL Zoo's plug-in reads it in saved files, to choose hyperparameters.
         self.pretrained_on_demonstrations = False
         self.reward_scaler = RewardScaler()
+        self._init_run()
 
         params = None if pretrained is None else read_pretrained(self, pretrained)
         check_ranges(self)
@@ -314,7 +315,7 @@ class DPPO(DecisionRollouts):
 
     def train(self) -> None:
         """Update actor and critic, which share no parameters, on the current rollout."""
-        self._rollout_start = None
+        self._begin_update()
         self.policy.set_training_mode(True)
         learning_rates = self._learning_rates()
         for optimizer, learning_rate in zip(self.policy.optimizers, learning_rates.values(), strict=True):

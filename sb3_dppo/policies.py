@@ -208,7 +208,10 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
 
     def _make_process(self, config: SamplerConfig) -> DenoisingProcess:
         arguments = {name: self._constructor_parameters[name] for name in PROCESS_ARGUMENTS}
-        return DenoisingProcess(config.scheduler, inference_steps=config.inference_steps, **arguments).to(self.device)
+        # Schedulers compute with numbers, also where the networks are only shapes.
+        with th.device("cpu"):
+            process = DenoisingProcess(config.scheduler, inference_steps=config.inference_steps, **arguments)
+        return process.to(self.device)
 
     def configure_sampler(self, config: SamplerConfig) -> None:
         """

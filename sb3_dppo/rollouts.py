@@ -7,7 +7,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dppo.arguments import SAMPLER_ARGUMENTS, check_training_arguments
 from sb3_dppo.buffers import DenoisingRolloutBuffer, RewardScaler
@@ -15,8 +15,6 @@ from sb3_dppo.chunks import ChunkQueue
 from sb3_dppo.diffusion.sampler import SamplerConfig
 from sb3_dppo.features.observations import stack, take
 from sb3_dppo.policies import DiffusionActorCriticPolicy
-from sb3_dppo.runs.checkpoints import RunState
-from sb3_dppo.runs.faults import check_finite
 from sb3_dppo.runs.resumable import ResumableAlgorithm
 from sb3_dppo.schedules import make_schedule
 
@@ -34,6 +32,8 @@ class DecisionRollouts(ResumableAlgorithm):
     reward_scaler: RewardScaler
     scale_rewards: bool
     min_sampling_std: Any
+    on_bad_env: str
+    n_bad_env_resets: int
 
     def _sampler_config(self) -> SamplerConfig:
         """The sampler's settings now."""
@@ -85,7 +85,7 @@ class DecisionRollouts(ResumableAlgorithm):
         :return: Whether the rollout was completed: ``False`` if a callback stopped it
         """
         assert self._last_obs is not None, "No previous observation was provided"
-        self._rollout_start = RunState.of(self)
+        self._begin_rollout()
         self._apply_settings()
         rollout_buffer = self.rollout_buffer  # another one if the settings have changed
         self.policy.set_training_mode(False)
@@ -109,11 +109,7 @@ class DecisionRollouts(ResumableAlgorithm):
             actions = clipped_actions = queue.pop()
 
             new_obs, rewards, dones, infos = env.step(clipped_actions)
-            if isinstance(env, VecEnvWrapper):
-                # Wrappers may have made it out of finite numbers.
-                when = self.describe_env_step()
-                check_finite("observation", new_obs, when)
-                check_finite("reward", rewards, when)
+            self._check_step(new_obs, rewards)
             self.num_timesteps += env.num_envs
 
             # Give access to local variables

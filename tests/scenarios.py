@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,18 @@ SETTINGS: dict[str, Any] = dict(
     seed=0,
     device="cpu",
 )
+
+
+@contextmanager
+def process(target: Callable[..., None], *args: Any) -> Iterator[Any]:
+    """A process that runs this, and that does not outlive the context."""
+    child = multiprocessing.get_context("forkserver").Process(target=target, args=args)
+    child.start()
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.join()
 
 
 def make_env(resumable: bool, vec_env_cls: type[VecEnv] = DummyVecEnv) -> VecNormalize:
@@ -123,8 +138,8 @@ class FaultyEnv(WalkEnv):
     """
     Goes wrong at one step of its life.
 
-    :param fault: "raise", "exit", "kill", "nan", "inf", "nan reward", "nan at the end", "none", or "signal N PID" to send a
-        signal.
+    :param fault: "raise", "exit", "kill", "nan", "inf", "nan at the end", "nan reward", "nan reward at the end", "none", or
+        "signal N PID" to send a signal.
     :param at_step: The step.
     """
 
@@ -150,6 +165,8 @@ class FaultyEnv(WalkEnv):
             return obs, reward, terminated, truncated, info
         if self.fault == "nan reward":
             return obs, np.nan, False, False, info
+        if self.fault == "nan reward at the end":
+            return obs, np.nan, True, False, info
         value = dict(nan=np.nan, inf=-np.inf).get(self.fault, np.nan)
         return np.array([value, 0], dtype=np.float32), reward, self.fault == "nan at the end", False, info
 
@@ -236,6 +253,8 @@ def interrupted(folder: str) -> None:
 
 def train_with_workers(folder: str) -> None:
     """A long run with processes, whose numbers are written down."""
+    # Python leaves a signal ignored that the parent ignores, as a shell does that starts something in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setsid()  # A group of processes, as a program that is started in a terminal.
     th.set_num_threads(1)
     env = make_vec_env(WalkEnv, N_ENVS, vec_env_cls=SubprocVecEnv)

@@ -1,18 +1,17 @@
 """What training needs beyond parameters to go on exactly where a file was saved."""
 
 import random
+import warnings
 from collections import deque
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch as th
 
 from sb3_dppo.buffers import RewardScaler
-
-if TYPE_CHECKING:
-    from sb3_dppo.dppo import DPPO
+from sb3_dppo.runs.faults import has_attr
 
 
 @dataclass
@@ -45,7 +44,7 @@ class RunState:
     last_episode_starts: np.ndarray | None
 
     @classmethod
-    def of(cls, model: "DPPO") -> "RunState":
+    def of(cls, model: Any) -> "RunState":
         """
         :param model: A model between two rollouts.
         :return: A copy of its state.
@@ -67,31 +66,36 @@ class RunState:
             last_episode_starts=model._last_episode_starts,
         )
 
-    def restore(self, model: "DPPO") -> None:
+    def restore(self, model: Any) -> None:
         """
         Bring a loaded model and its env into this state. An env that can't be brought there is reset, with a seed that
         follows from it, so that what comes depends on nothing else.
 
         :param model: The model. If its ``_last_obs`` is there (it was loaded with ``force_reset=False``), its env is taken to
-            be in this state already.
+            be where it was when the file was saved: in this state, unless that was in the middle of a rollout.
         """
-        assert model.env is not None
         self._restore_around_env(model)
         if model._last_obs is not None:
-            model._last_obs, model._last_episode_starts = self.last_obs, self.last_episode_starts
-            return
+            if model.num_timesteps == self.num_timesteps:
+                model._last_obs, model._last_episode_starts = self.last_obs, self.last_episode_starts
+                return
+            warnings.warn(
+                f"force_reset=False has no effect: the file was saved {model.num_timesteps - self.num_timesteps} env steps "
+                "after the start of a rollout, from which training goes on, and the env is not there any more.",
+                stacklevel=5,
+            )
         model.env.seed(int(th.randint(2**31, ())))
         # For an env whose state is set, too: wrappers such as Monitor must have seen a reset.
-        model._last_obs = model.env.reset()  # type: ignore[assignment]
+        model._last_obs = model.env.reset()
         model._last_episode_starts = np.ones(model.n_envs, dtype=bool)
-        if self.env_states is not None and len(self.env_states) == model.n_envs and model.env.has_attr("set_resume_state"):
+        if self.env_states is not None and len(self.env_states) == model.n_envs and has_attr(model.env, "set_resume_state"):
             for env_index, state in enumerate(self.env_states):
                 model.env.env_method("set_resume_state", state, indices=[env_index])
             model._last_obs, model._last_episode_starts = self.last_obs, self.last_episode_starts
             # The reset has changed these.
             self._restore_around_env(model)
 
-    def _restore_around_env(self, model: "DPPO") -> None:
+    def _restore_around_env(self, model: Any) -> None:
         """
         :param model: The model, all of whose state is restored but what its env and the counter of its steps know.
         """
@@ -108,7 +112,7 @@ class RunState:
             set_generator_states(model, self.generators)
 
 
-def _env_states(model: "DPPO") -> list[Any] | None:
+def _env_states(model: Any) -> list[Any] | None:
     """
     :param model: A model between two rollouts.
     :return: What each env's ``get_resume_state()`` returns, or ``None``.
@@ -116,15 +120,12 @@ def _env_states(model: "DPPO") -> list[Any] | None:
     if model.env is None or model._last_obs is None:
         return None
     try:
-        if model.env.has_attr("get_resume_state"):
-            return deepcopy(model.env.env_method("get_resume_state"))
+        return deepcopy(model.env.env_method("get_resume_state")) if has_attr(model.env, "get_resume_state") else None
     except (EOFError, OSError):
-        # The envs' processes have been closed.
-        pass
-    return None
+        return None  # The envs' processes have been closed.
 
 
-def generator_states(model: "DPPO") -> dict[str, Any]:
+def generator_states(model: Any) -> dict[str, Any]:
     """
     :param model: The model.
     :return: States of the global generators of Python, NumPy and PyTorch and of the policy's own.
@@ -141,7 +142,7 @@ def generator_states(model: "DPPO") -> dict[str, Any]:
     return states
 
 
-def set_generator_states(model: "DPPO", states: dict[str, Any]) -> None:
+def set_generator_states(model: Any, states: dict[str, Any]) -> None:
     """
     :param model: The model.
     :param states: What :func:`generator_states` returned. On another device, that device's generators are left alone.

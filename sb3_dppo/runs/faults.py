@@ -6,16 +6,24 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import (
+    SubprocVecEnv,
+    VecEnv,
+    VecEnvWrapper,
+    VecExtractDictObs,
+    VecFrameStack,
+    VecMonitor,
+    VecTransposeImage,
+)
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_dppo.features.observations import parts_of, stack, take
 
-if TYPE_CHECKING:
-    from sb3_dppo.dppo import DPPO
+# Wrappers that hand on the numbers that they get.
+HARMLESS_WRAPPERS = (VecExtractDictObs, VecFrameStack, VecMonitor, VecTransposeImage)
 
 ON_BAD_ENV = ("raise", "reset")
 
@@ -44,6 +52,30 @@ def check_finite(name: str, values: Any, when: str) -> None:
         raise _not_finite(name, int(np.argmin(finite)), when)
 
 
+def changes_numbers(env: VecEnv) -> bool:
+    """
+    :param env: The env that a model learns in.
+    :return: Whether what comes out of it may be NaN or infinite although what :class:`EnvGuard` saw was not.
+    """
+    while isinstance(env, VecEnvWrapper):
+        if type(env) not in HARMLESS_WRAPPERS:
+            return True
+        env = env.venv
+    return False
+
+
+def has_attr(env: VecEnv, name: str) -> bool:
+    """
+    :param env: The env.
+    :param name: Name of an attribute or method.
+    :return: Whether all its copies have it. Of a ``VecEnv`` that can't tell, they have not.
+    """
+    try:
+        return env.has_attr(name)
+    except NotImplementedError:
+        return False
+
+
 def _not_finite(name: str, env_index: int, when: str) -> ValueError:
     return ValueError(
         f"The {name} of env {env_index} is NaN or infinite {when}: training stops before the policy learns from it. Models "
@@ -58,21 +90,23 @@ class EnvGuard:
     what they see, and not among them: ``EvalCallback`` wants the wrappers of both its envs to be the same.
 
     An env that returns NaN or infinity raises an error or, with ``on_bad_env="reset"``, is reset. To those outside, its
-    episode was truncated, with the last good observation at its end and no reward for its last step; ``info["bad_env"]`` is
-    ``True``.
+    episode was truncated, with the last good observation at its end, no reward for its last step and no record of its return;
+    ``info["bad_env"]`` is ``True``.
 
     When ``SubprocVecEnv`` fails or is interrupted in a step, its processes are ended: nobody knows any more which of them have
     answered, and ``close()`` would wait for answers that don't come.
 
-    :param model: The model, with an env.
+    :param model: The model, with an env, ``on_bad_env``, ``n_bad_env_resets`` and ``describe_env_step()``.
+    :raises ValueError: if bad envs shall be reset and can't be.
     """
 
-    def __init__(self, model: "DPPO") -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
-        assert model.env is not None
-        self.venv = model.env
+        self.venv: VecEnv = model.env
         while isinstance(self.venv, VecEnvWrapper):
             self.venv = self.venv.venv
+        if model.on_bad_env == "reset" and not has_attr(self.venv, "reset"):
+            raise ValueError(f"on_bad_env='reset', but a {type(self.venv).__name__} can't reset a single env: use 'raise'.")
         self._good_obs: VecEnvObs | None = None
 
     def __enter__(self) -> None:
@@ -127,6 +161,8 @@ class EnvGuard:
                 # If none has been seen yet, the next best: it is in the space, too.
                 last = take(obs if self._good_obs is None else self._good_obs, env_index)
                 infos[env_index].update({"terminal_observation": last, "TimeLimit.truncated": True, "bad_env": True})
+                # Monitor's, of an episode that ended by itself: its return may be NaN.
+                infos[env_index].pop("episode", None)
                 rewards[env_index], dones[env_index] = 0.0, True
             check_finite("observation", obs, "after reset()")
         self._good_obs = obs
@@ -144,6 +180,9 @@ class EnvGuard:
                 stacklevel=2,
             )
         self.model.n_bad_env_resets += 1
+        if has_attr(self.venv, "needs_reset"):
+            # A Monitor, which may have been told to refuse this in the middle of an episode.
+            self.venv.env_method("set_wrapper_attr", "needs_reset", True, indices=[env_index])
         first_obs, _ = self.venv.env_method("reset", indices=[env_index])[0]
         if isinstance(obs, dict):
             for key in obs:

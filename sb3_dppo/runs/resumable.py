@@ -1,4 +1,4 @@
-"""stand-in"""
+"""What an algorithm needs to survive: a run that is watched while it learns, and models that go on where they were saved."""
 
 import difflib
 import inspect
@@ -6,7 +6,7 @@ import io
 import pathlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
@@ -14,18 +14,72 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 
 from sb3_dppo.runs.checkpoints import RunState
-from sb3_dppo.runs.faults import EnvGuard, interruptible
+from sb3_dppo.runs.faults import EnvGuard, changes_numbers, check_finite, interruptible
 from sb3_dppo.runs.files import atomic_write
 
-SelfDPPO = TypeVar("SelfDPPO", bound="ResumableAlgorithm")
+SelfResumable = TypeVar("SelfResumable", bound="ResumableAlgorithm")
+
+
+def constructor_arguments(cls: type) -> dict[str, Any]:
+    """
+    :param cls: A class.
+    :return: The annotations of its constructor's arguments by name, with those of the classes that it hands ``**kwargs`` to,
+        up to the algorithm itself.
+    """
+    arguments: dict[str, Any] = {}
+    for base in cls.__mro__:
+        parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
+        hints = get_type_hints(base.__init__)  # type: ignore[misc]
+        arguments = {name: hints.get(name, Any) for name in named} | arguments
+        if "policy_aliases" in vars(base) or not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return arguments
+
+
+def refuse_unknown(function: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """
+    :param function: What was called.
+    :param given: Names of arguments.
+    :param known: Those that it takes.
+    :raises TypeError: for one that is not known, naming the one that was probably meant.
+    """
+    known = sorted(known)
+    for name in given:
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {similar[0]!r}?" if similar else f"it takes {known}."
+            raise TypeError(f"{function} got an unexpected argument {name!r}: {hint}")
 
 
 class ResumableAlgorithm(OnPolicyAlgorithm):
-    n_rollouts: int
-    _run_state: RunState | None = None
-    _rollout_start: RunState | None = None
-    on_bad_env: str
-    n_bad_env_resets: int
+    """
+    An on-policy algorithm whose files go on exactly, and whose runs end with a clear message whatever happens.
+
+    A subclass has the attributes ``on_bad_env``, ``n_bad_env_resets``, ``reward_scaler`` (with ``forget_episodes(n_envs)``),
+    ``n_rollouts``, ``pretrained_on_demonstrations`` and the class attribute ``policy_aliases``, and its policy ``optimizers``,
+    ``generator`` and ``seed(seed)``. Its constructor calls :meth:`_init_run`, its ``collect_rollouts`` begins with
+    :meth:`_begin_rollout` and calls :meth:`_check_step` after each env step, and its ``train`` begins with
+    :meth:`_begin_update`.
+    """
+
+    reward_scaler: Any
+    policy: Any  # type: ignore[assignment]
+
+    def _init_run(self) -> None:
+        # The start of the rollout under way, from which a file that is saved now goes on.
+        self._rollout_start: RunState | None = None
+        # In files, and in a model that was loaded from one, until it learns.
+        self._run_state: RunState | None = None
+
+    def _check_before_learning(self) -> None:
+        """
+        Check what only matters for training: a loaded model may have another number of envs, or never be trained.
+
+        :raises ValueError: naming the argument.
+        """
+
+    # ------------------------------------------------------------------ a run
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
@@ -38,14 +92,14 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
             self.policy.seed(seed)
 
     def learn(
-        self: SelfDPPO,
+        self: SelfResumable,
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int = 1,
         tb_log_name: str = "DPPO",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
-    ) -> SelfDPPO:
+    ) -> SelfResumable:
         """
         Return a trained model.
 
@@ -56,9 +110,13 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         :param reset_num_timesteps: Whether to reset the number of timesteps, used in logging and schedules
         :param progress_bar: Display a progress bar using tqdm and rich
         :return: The trained model
+        :raises ValueError: for settings that can't be trained with, or an env that returns NaN
         """
         if self.env is None:
-            raise ValueError("The model has no env to learn in: pass env to DPPO.load(path, env=env), or call set_env(env).")
+            name = type(self).__name__
+            raise ValueError(
+                f"The model has no env to learn in: pass env to {name}.load(path, env=env), or call set_env(env)."
+            )
         self._check_before_learning()
         with interruptible(self._describe_interruption), EnvGuard(self):
             return super().learn(
@@ -69,25 +127,6 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
                 reset_num_timesteps=reset_num_timesteps,
                 progress_bar=progress_bar,
             )
-
-    def _describe_interruption(self) -> str:
-        """
-        :return: Where training is, for the one who interrupts it.
-        """
-        where = f"Training was interrupted after {self.num_timesteps} env steps"
-        if self._rollout_start is None:
-            return f"{where}, in an update: a model saved now holds a part of it. Checkpoints go on exactly."
-        return f"{where}, in a rollout: a model saved now goes on exactly at the start of this rollout, as a checkpoint does."
-
-    def describe_env_step(self) -> str:
-        """
-        :return: Which env step is being made, for errors.
-        """
-        return f"after env step {self.num_timesteps // self.n_envs + 1} (num_timesteps={self.num_timesteps})"
-
-    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
-        # The last rollout may go beyond the total: schedules end at 0 and not below, where learning rates would be negative.
-        self._current_progress_remaining = max(0.0, 1.0 - num_timesteps / total_timesteps)
 
     def _setup_learn(
         self,
@@ -109,6 +148,44 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         if self._last_episode_starts.all():
             self.reward_scaler.forget_episodes(self.n_envs)
         return total_timesteps, callback
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        # The last rollout may go beyond the total: schedules end at 0 and not below, where learning rates would be negative.
+        self._current_progress_remaining = max(0.0, 1.0 - num_timesteps / total_timesteps)
+
+    def _begin_rollout(self) -> None:
+        self._rollout_start = RunState.of(self)
+
+    def _begin_update(self) -> None:
+        self._rollout_start = None
+
+    def _check_step(self, obs: Any, rewards: Any) -> None:
+        """
+        :param obs: What the env returned: wrappers may have made NaN of what :class:`EnvGuard` has seen below them.
+        :param rewards: The rewards.
+        :raises ValueError: naming the env, if one of them is NaN or infinite.
+        """
+        if changes_numbers(self.env):  # type: ignore[arg-type]
+            when = self.describe_env_step()
+            check_finite("observation", obs, when)
+            check_finite("reward", rewards, when)
+
+    def describe_env_step(self) -> str:
+        """
+        :return: Which env step is being made, for errors.
+        """
+        return f"after env step {self.num_timesteps // self.n_envs + 1} (num_timesteps={self.num_timesteps})"
+
+    def _describe_interruption(self) -> str:
+        """
+        :return: Where training is, for the one who interrupts it.
+        """
+        where = f"Training was interrupted after {self.num_timesteps} env steps"
+        if self._rollout_start is None:
+            return f"{where}, in an update: a model saved now holds a part of it. Checkpoints go on exactly."
+        return f"{where}, in a rollout: a model saved now goes on exactly at the start of this rollout, as a checkpoint does."
+
+    # ------------------------------------------------------------------ files
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_rollout_start"]
@@ -159,7 +236,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
 
     @classmethod
     def load(  # type: ignore[override]
-        cls: type[SelfDPPO],
+        cls: type[SelfResumable],
         path: str | pathlib.Path | io.BufferedIOBase,
         env: GymEnv | None = None,
         device: th.device | str = "auto",
@@ -167,7 +244,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         print_system_info: bool = False,
         force_reset: bool = True,
         **kwargs: Any,
-    ) -> SelfDPPO:
+    ) -> SelfResumable:
         """
         Load the model from a zip file, see ``BaseAlgorithm.load``.
 
@@ -176,7 +253,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         :param device: Device on which the code should run
         :param custom_objects: Dictionary of objects to replace upon loading
         :param print_system_info: Whether to print system info from the saved model and the current system info
-        :param force_reset: Force a call to ``reset()`` before training
+        :param force_reset: Force a call to ``reset()`` before training. ``False`` is for an env that is where it was when the
+            file was saved; a file from the middle of a rollout goes on at the rollout's start, and so resets it in any case.
         :param kwargs: Constructor arguments to change, for instance ``ft_denoising_steps``, ``scheduler`` or ``n_steps``. With
             a ``seed``, training goes on with other random numbers than it would have.
         :return: The loaded model
@@ -190,13 +268,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
 
     @classmethod
     def _check_names(cls, method: str, kwargs: dict[str, Any]) -> None:
-        known = set(inspect.signature(cls.__init__).parameters) | set(inspect.signature(cls.__init__).parameters)
-        known -= {"self", "policy", "env", "pretrained", "_init_setup_model"}
-        for name in kwargs:
-            if name not in known:
-                similar = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {similar[0]!r}?" if similar else f"it takes {sorted(known)}."
-                raise TypeError(f"{cls.__name__}.{method}() got an unexpected argument {name!r}: {hint}")
+        known = set(constructor_arguments(cls)) - {"policy", "env", "pretrained", "_init_setup_model"}
+        refuse_unknown(f"{cls.__name__}.{method}()", kwargs, known)
 
     def save_pretrained(self, folder: str | pathlib.Path) -> None:
         """
@@ -207,18 +280,18 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
             others stay.
         :raises ValueError: naming the argument that can't be written, such as a function or a class of your own
         """
-        from sb3_dppo.runs.sharing import save_pretrained
+        from sb3_dppo.runs.sharing import save_pretrained  # pydantic takes a moment to load.
 
         save_pretrained(self, folder)
 
     @classmethod
     def from_pretrained(
-        cls: type[SelfDPPO],
+        cls: type[SelfResumable],
         folder: str | pathlib.Path,
         env: GymEnv | str | None = None,
         device: th.device | str = "auto",
         **kwargs: Any,
-    ) -> SelfDPPO:
+    ) -> SelfResumable:
         """
         Load a model from a folder that :meth:`save_pretrained` made. Nothing in it is executed, whoever made it.
 
@@ -230,7 +303,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         :return: The model
         :raises FileNotFoundError: if the folder, or a file that belongs in it, does not exist
         :raises ValueError: for files that are damaged, too large or not of such a model, or an env that does not fit it
-        :raises TypeError: for an argument that the constructor does not have
+        :raises TypeError: for an argument that the constructor does not have, or that is the folder's
         """
         from sb3_dppo.runs.sharing import from_pretrained
 

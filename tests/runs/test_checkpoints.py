@@ -1,7 +1,6 @@
 """Exact resume: a file goes on as the run would have, whenever it was saved, and however the run ended."""
 
 import json
-import multiprocessing
 import random
 import signal
 import subprocess
@@ -17,26 +16,20 @@ import pytest
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import SubprocVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from sb3_dppo import DPPO
 from tests import scenarios
-from tests.scenarios import N_ENVS, SETTINGS, SMALL, TOTAL, StopAt, fingerprint, make_env, make_model
+from tests.scenarios import N_ENVS, SETTINGS, SMALL, TOTAL, StopAt, fingerprint, make_env, make_model, process
 from tests.toy_envs import WalkEnv
-
-
-def process(target: Callable[..., None], *args: Any) -> Any:
-    child = multiprocessing.get_context("forkserver").Process(target=target, args=args)
-    child.start()
-    return child
 
 
 def run(folder: Path, target: Callable[..., None], *args: Any) -> Path:
     """In a process of its own, to its end."""
     folder.mkdir(parents=True, exist_ok=True)
-    child = process(target, str(folder), *args)
-    child.join(120)
-    assert child.exitcode == 0
+    with process(target, str(folder), *args) as child:
+        child.join(120)
+        assert child.exitcode == 0
     return folder
 
 
@@ -150,6 +143,35 @@ def test_force_reset_false_leaves_the_env_as_it_is(tmp_path: Path) -> None:
     assert fingerprint(loaded) == fingerprint(model)
 
 
+@pytest.mark.parametrize("resumable", [True, False])
+def test_force_reset_false_with_a_file_from_the_middle_of_a_rollout(resumable: bool, tmp_path: Path) -> None:
+    """It goes on at the rollout's start, where the env, left where it is, would not be."""
+    path = tmp_path / "model.zip"
+    left = make_model(resumable).learn(TOTAL, callback=StopAt(200))
+    left.save(path)
+    with pytest.warns(UserWarning, match="force_reset=False has no effect: the file was saved 9 env steps after the start"):
+        disturb()
+        model = DPPO.load(path, env=left.env, force_reset=False)
+        model.learn(TOTAL - model.num_timesteps, reset_num_timesteps=False)
+    assert fingerprint(model) == fingerprint(go_on(path, resumable))
+
+
+class PlainVecEnv(DummyVecEnv):
+    """One that answers no questions about attributes, as SB3's algorithms don't ask any."""
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> Any:
+        if attr_name != "render_mode":
+            raise NotImplementedError
+        return super().get_attr(attr_name, indices)
+
+
+def test_a_vec_env_that_knows_no_attributes(tmp_path: Path) -> None:
+    model = DPPO("DiffusionMlpPolicy", PlainVecEnv([WalkEnv] * N_ENVS), **SETTINGS)
+    model.learn(96, callback=CheckpointCallback(10, str(tmp_path)))
+    loaded = DPPO.load(last_checkpoint(tmp_path), env=PlainVecEnv([WalkEnv] * N_ENVS))
+    assert loaded.learn(96, reset_num_timesteps=False).num_timesteps > 96
+
+
 def test_saved_at_the_end_of_a_rollout(tmp_path: Path) -> None:
     class SaveAtEnd(BaseCallback):
         def _on_step(self) -> bool:
@@ -169,15 +191,13 @@ def kill_and_resume(
     :return: Env steps of the last checkpoint.
     """
     folder.mkdir()
-    child = process(scenarios.train, str(folder), resumable)
-    reached = folder / f"rl_model_{N_ENVS * rng.randrange(1, TOTAL // N_ENVS - 4)}_steps.zip"
-    while not reached.exists():
-        time.sleep(0.001)
-        assert child.is_alive()
-    # In the next steps: when planning, stepping, updating or saving.
-    time.sleep(rng.uniform(0, 0.03))
-    child.kill()
-    child.join()
+    with process(scenarios.train, str(folder), resumable) as child:
+        reached = folder / f"rl_model_{N_ENVS * rng.randrange(1, TOTAL // N_ENVS - 4)}_steps.zip"
+        while not reached.exists():
+            time.sleep(0.001)
+            assert child.is_alive()
+        # In the next steps: when planning, stepping, updating or saving.
+        time.sleep(rng.uniform(0, 0.03))
     assert child.exitcode == -signal.SIGKILL
     checkpoint = last_checkpoint(folder)
     # Whole, each of them: what was being written has another name.
@@ -227,14 +247,17 @@ def test_checkpoints_of_the_zoo(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rl_zoo3.train", "--algo", "dppo", "--env", "Pendulum-v1", "-f", str(tmp_path)]
     command += ["--num-threads", "1", "--n-timesteps", "1000000", "--save-freq", "500", "--eval-freq", "-1", "--seed", "0"]
     command += ["-params", "n_steps:128", f"policy_kwargs:dict({', '.join(f'{k}={v}' for k, v in SMALL.items())})"]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "dppo" / "Pendulum-v1_1"
-    while len(list(folder.glob("rl_model_*.zip"))) < 3:
-        time.sleep(0.1)
-        assert run.poll() is None, run.communicate()[1]
-    # The zoo saves the agent when it is interrupted, so it does when it is terminated.
-    run.terminate()
-    assert run.wait(60) == 0 and (folder / "Pendulum-v1.zip").exists()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+        try:
+            while len(list(folder.glob("rl_model_*.zip"))) < 3:
+                time.sleep(0.1)
+                assert run.poll() is None, run.communicate()[1]
+            # The zoo saves the agent when it is interrupted, so it does when it is terminated.
+            run.terminate()
+            assert run.wait(60) == 0 and (folder / "Pendulum-v1.zip").exists()
+        finally:
+            run.kill()
     for path in (last_checkpoint(folder), folder / "Pendulum-v1.zip"):
         results = []
         for seed in (1, 2):

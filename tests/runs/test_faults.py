@@ -1,7 +1,6 @@
 """What goes wrong in long runs: each fault ends in a clear message and leaves the last checkpoint usable."""
 
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -12,17 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_dppo import DPPO
+from sb3_dppo.runs.faults import changes_numbers
 from tests import scenarios
-from tests.scenarios import N_ENVS, SETTINGS, TOTAL, FaultyEnv
+from tests.scenarios import N_ENVS, SETTINGS, TOTAL, FaultyEnv, process
 from tests.toy_envs import WalkEnv
 
 BOTH = pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv])
@@ -152,6 +154,40 @@ def test_a_bad_env_is_reset(vec_env_cls: Any, fault: str, tmp_path: Path) -> Non
     env.close()
 
 
+@BOTH
+@pytest.mark.parametrize("fault", ["nan", "nan reward at the end"])
+def test_a_bad_env_below_a_monitor(vec_env_cls: Any, fault: str) -> None:
+    """Which keeps records, and may refuse to be reset in the middle of an episode, also inside of another wrapper."""
+
+    def monitored() -> Any:
+        return gym.Wrapper(Monitor(FaultyEnv(fault), allow_early_resets=False))
+
+    env = vec_env_cls([monitored] * 2)
+    model, recorder = make_model(env, on_bad_env="reset"), Recorder()
+    with pytest.warns(UserWarning, match="was reset"):
+        model.learn(16 * 2 * 4, callback=recorder)
+    env.close()
+    assert model.n_bad_env_resets == 2
+    assert not any("episode" in info for step in recorder.steps for info in step["infos"] if "bad_env" in info)
+    returns = [record["r"] for record in model.ep_info_buffer or ()]
+    assert len(returns) > 3 and np.isfinite(returns).all()
+
+
+def test_envs_that_can_not_be_reset_one_by_one() -> None:
+    class TogetherVecEnv(DummyVecEnv):
+        def has_attr(self, attr_name: str) -> bool:
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match="on_bad_env='reset', but a TogetherVecEnv can't reset a single env"):
+        make_model(TogetherVecEnv([WalkEnv]), on_bad_env="reset").learn(TOTAL)
+
+
+def test_wrappers_that_can_make_nan_out_of_good_numbers() -> None:
+    env = DummyVecEnv([WalkEnv])
+    assert not changes_numbers(env) and not changes_numbers(VecMonitor(VecFrameStack(env, 2)))
+    assert changes_numbers(VecFrameStack(VecNormalize(env), 2))
+
+
 def test_a_bad_env_is_reset_below_other_wrappers(tmp_path: Path) -> None:
     env = VecNormalize(VecFrameStack(make_env("nan"), 2))
     model = make_model(env, on_bad_env="reset")
@@ -265,10 +301,9 @@ def test_names_of_files(tmp_path: Path) -> None:
 
 
 def test_interrupted_in_each_phase(tmp_path: Path) -> None:
-    child = multiprocessing.get_context("forkserver").Process(target=scenarios.interrupted, args=(str(tmp_path),))
-    child.start()
-    child.join(120)
-    assert child.exitcode == 0
+    with process(scenarios.interrupted, str(tmp_path)) as child:
+        child.join(120)
+        assert child.exitcode == 0
     results = json.loads((tmp_path / "result.json").read_text())
     assert len(results) == 8
     for name, result in results.items():
@@ -283,17 +318,16 @@ def test_interrupted_in_each_phase(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_no_process_is_left(number: signal.Signals, tmp_path: Path) -> None:
-    child = multiprocessing.get_context("forkserver").Process(target=scenarios.train_with_workers, args=(str(tmp_path),))
-    child.start()
-    while not list(tmp_path.glob("*.zip")):
-        time.sleep(0.01)
-        assert child.is_alive()
-    workers = json.loads((tmp_path / "result.json").read_text())
-    assert all(Path(f"/proc/{pid}").exists() for pid in workers)
-    # Ctrl-C in a terminal goes to all, the others to the one that learns.
-    (os.killpg if number == signal.SIGINT else os.kill)(child.pid or 0, number)
-    child.join(30)
-    assert child.exitcode == (-signal.SIGKILL if number == signal.SIGKILL else 1)
+    with process(scenarios.train_with_workers, str(tmp_path)) as child:
+        while not list(tmp_path.glob("*.zip")):
+            time.sleep(0.01)
+            assert child.is_alive()
+        workers = json.loads((tmp_path / "result.json").read_text())
+        assert all(Path(f"/proc/{pid}").exists() for pid in workers)
+        # Ctrl-C in a terminal goes to all, the others to the one that learns.
+        (os.killpg if number == signal.SIGINT else os.kill)(child.pid or 0, number)
+        child.join(30)
+        assert child.exitcode == (-signal.SIGKILL if number == signal.SIGKILL else 1)
     assert all(gone(pid) for pid in workers)
     assert all(goes_on(path) for path in list(tmp_path.glob("*.zip"))[-3:])
 

@@ -1,13 +1,10 @@
 """Sharing models as folders without executable content."""
 
-import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-import yaml
 from diffusers import DDIMScheduler
 from gymnasium import spaces
-from safetensors.torch import load_file, save_file
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import LinearSchedule
@@ -27,78 +22,8 @@ from torch import nn
 
 from sb3_dppo import BC, DPPO, Demonstrations
 from sb3_dppo.features.extractors import VitExtractor
-from sb3_dppo.runs.sharing import CLASSES, _sha256, decode_space, encode_space
-
-SMALL = dict(net_arch=dict(pi=[16], vf=[16]), denoising_steps=4, horizon=4)
-FILES = {"config.json", "model.safetensors", "README.md"}
-
-
-class SpaceEnv(gym.Env):
-    """
-    Random observations of any space.
-
-    :param observation_space: The space.
-    """
-
-    def __init__(self, observation_space: spaces.Space) -> None:
-        self.observation_space, self.action_space = observation_space, spaces.Box(-1, 2, (2,))
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        return self.observation_space.sample(), {}
-
-    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        return self.observation_space.sample(), 1.0, self.np_random.random() < 0.1, False, {}
-
-
-IMAGE = spaces.Box(0, 255, (36, 36, 3), np.uint8)
-DICT = spaces.Dict(
-    {
-        "z": spaces.Box(-np.inf, np.inf, (3,), np.float64),
-        "camera": IMAGE,
-        "kind": spaces.Discrete(3),
-        "b": spaces.Box(0, 1, (2,)),
-    }
-)
-
-
-def make_model(env: Any = "Pendulum-v1", policy: str = "DiffusionMlpPolicy", **kwargs: Any) -> DPPO:
-    arguments: dict[str, Any] = dict(n_steps=16, batch_size=32, n_epochs=2, policy_kwargs=SMALL, seed=0, device="cpu")
-    return DPPO(policy, env, **{**arguments, **kwargs})
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sharing") / "model"
-    make_model().learn(16).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def copied(saved: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for name in FILES:
-        (folder / name).write_bytes((saved / name).read_bytes())
-    return folder
-
-
-def change_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def change_weights(folder: Path, change: Callable[[dict[str, th.Tensor]], Any]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-    accept_weights(folder)
-
-
-def accept_weights(folder: Path) -> None:
-    change_config(folder, lambda config: config.update(weights_sha256=_sha256(folder / "model.safetensors")))
-
+from sb3_dppo.runs.schema import CLASSES
+from tests.runs.shared_folders import DICT, FILES, IMAGE, SMALL, SpaceEnv, make_model
 
 # ---------------------------------------------------------------------- round trips
 
@@ -206,31 +131,17 @@ def test_changing_arguments(saved: Path) -> None:
     assert loaded.learn(48).num_timesteps == 48
     with pytest.raises(TypeError, match=r"from_pretrained\(\).*'ft_denoising_step'.*did you mean 'ft_denoising_steps'"):
         DPPO.from_pretrained(saved, ft_denoising_step=2)
-    with pytest.raises(ValueError, match="ft_denoising_steps=9"):
-        DPPO.from_pretrained(saved, ft_denoising_steps=9)
+    with pytest.raises(TypeError, match="policy_kwargs can't be passed .*: the architecture is that of the folder's"):
+        DPPO.from_pretrained(saved, policy_kwargs=dict(horizon=8))
+    # What the caller passed is not blamed on the file.
+    for changes in (dict(ft_denoising_steps=9), dict(scheduler="ddim", inference_steps=3), dict(eta=2.0), dict(learn_eta="x")):
+        with pytest.raises(ValueError, match=list(changes)[-1]) as caught:
+            DPPO.from_pretrained(saved, **changes)
+        assert "config.json" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="nowhere"):
+        DPPO.from_pretrained(saved, device="nowhere")
     with pytest.raises(ValueError, match="Observation spaces do not match"):
         DPPO.from_pretrained(saved, env="Hopper-v5")
-
-
-def test_bounds_of_spaces() -> None:
-    for space in (
-        spaces.Box(np.array([-np.inf, -1.1, 0]), np.array([np.inf, 2.2, 1e30]), dtype=np.float32),
-        spaces.Box(-0.1, 0.1, (), np.float64),
-        spaces.Box(-128, 127, (2, 3), np.int8),
-        spaces.Box(np.finfo(np.float64).min, np.finfo(np.float64).max, (2,), np.float64),
-        spaces.Discrete(4, start=-2),
-        spaces.MultiDiscrete([3, 4], dtype=np.int32),  # type: ignore[arg-type]
-        spaces.MultiBinary([2, 3]),
-        DICT,
-    ):
-        encoded = json.loads(json.dumps(encode_space("space", space), allow_nan=False))
-        decoded = decode_space("space", encoded)
-        assert decoded == space
-        if isinstance(space, spaces.Box) and isinstance(decoded, spaces.Box):
-            assert decoded.dtype == space.dtype
-            for bound in ("low", "high", "bounded_below", "bounded_above"):
-                np.testing.assert_array_equal(getattr(decoded, bound), getattr(space, bound))
-    assert len(json.dumps(encode_space("image", spaces.Box(0, 255, (1024, 1024, 3), np.uint8)))) < 100
 
 
 def test_every_class_that_may_be_named_works(tmp_path: Path) -> None:
@@ -247,18 +158,6 @@ def test_every_class_that_may_be_named_works(tmp_path: Path) -> None:
         assert type(loaded.policy.optimizer) is optimizer_class
         assert loaded.policy.optimizer.param_groups[0]["maximize"] is True
         loaded.learn(16)
-
-
-def test_card(saved: Path) -> None:
-    text = (saved / "README.md").read_text()
-    _, front_matter, body = text.split("---\n", 2)
-    metadata = yaml.safe_load(front_matter)
-    assert metadata["pipeline_tag"] == "reinforcement-learning" and "Pendulum-v1" in metadata["tags"]
-    usage = body.split("```python\n")[1].split("```")[0].replace("path/of/this/folder", str(saved)).replace("100_000", "16")
-    done = subprocess.run([sys.executable, "-c", usage], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    hyperparameters = json.loads(body.split("```json\n")[1].split("```")[0])
-    assert hyperparameters["policy_kwargs"]["denoising_steps"] == 4 and hyperparameters["arguments"]["n_steps"] == 16
 
 
 # ---------------------------------------------------------------------- VecNormalize
@@ -327,7 +226,7 @@ class OwnPolicy(DPPO.policy_aliases["DiffusionMlpPolicy"]):  # type: ignore[misc
             dict(policy_kwargs={**SMALL, "activation_fn": OwnExtractor}),
             r"policy_kwargs\['activation_fn'\] is a class of your own",
         ),
-        (dict(policy_kwargs={**SMALL, "denoising_steps": 2000}), "denoising_steps must be 1 to 1000"),
+        (dict(policy_kwargs={**SMALL, "denoising_steps": 2000}), r"\['denoising_steps'\]=2000: .*less than or equal to 1000"),
         (dict(policy=OwnPolicy), "policy=OwnPolicy is a class of your own"),
         (dict(env=SpaceEnv(spaces.Box(-1, np.linspace(1, 2, 10**5, dtype=np.float32)))), "configuration takes .* characters"),
     ],
@@ -363,7 +262,7 @@ def test_an_error_leaves_what_was_there(saved: Path, copied: Path, monkeypatch: 
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sb3_dppo.runs.sharing._make_card", full_disk)
+        patch.setattr("sb3_dppo.runs.sharing.make_card", full_disk)
         for folder in (copied, copied.parent / "new"):
             with pytest.raises(OSError, match="No space"):
                 model.save_pretrained(folder)
@@ -402,197 +301,6 @@ def test_files_of_two_models_are_told_apart(saved: Path, copied: Path) -> None:
     (other / "model.safetensors").replace(copied / "model.safetensors")
     with pytest.raises(ValueError, match="not the one that config.json was saved with"):
         DPPO.from_pretrained(copied)
-
-
-# ---------------------------------------------------------------------- hostile folders
-
-
-def test_missing_files(copied: Path) -> None:
-    (copied / "README.md").unlink()
-    DPPO.from_pretrained(copied)
-    for name in ("config.json", "model.safetensors"):
-        content = (copied / name).read_bytes()
-        (copied / name).unlink()
-        with pytest.raises(FileNotFoundError, match=f"lacks {name}"):
-            DPPO.from_pretrained(copied)
-        os.mkfifo(copied / name)  # reading it would wait forever
-        with pytest.raises(ValueError, match="is not a file"):
-            DPPO.from_pretrained(copied)
-        (copied / name).unlink()
-        (copied / name).write_bytes(content)
-    for folder in (copied / "none", copied / "config.json"):
-        with pytest.raises(FileNotFoundError, match="no folder that exists"):
-            DPPO.from_pretrained(folder)
-
-
-def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
-    def change(config: Any) -> None:
-        for key in path[:-1]:
-            config = config[key]
-        config[path[-1]] = to
-
-    return change
-
-
-KWARGS, ARGUMENTS, OBS = "policy_kwargs", "arguments", "observation_space"
-
-
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        (_set("extra", to=1), r"unknown fields \['extra'\]"),
-        (lambda config: config.pop("training"), r"lacks \['training'\]"),
-        (_set("format", to="sb3-dppo 2"), "does not have the format"),
-        (_set("policy", to="os.system"), "policy='os.system' is none of"),
-        (_set("policy", to=["DiffusionMlpPolicy"]), "policy="),
-        (_set("policy", to="DiffusionUnetPolicy"), "can be made|does not fit"),
-        (_set(KWARGS, to=[]), "policy_kwargs has"),
-        (_set(KWARGS, "use_sde", to=False), r"policy_kwargs has \['use_sde'\], which this version does not know"),
-        (_set(KWARGS, "activation_fn", to="torch.nn.ReLU"), r"policy_kwargs\['activation_fn'\]='torch.nn.ReLU'"),
-        (_set(KWARGS, "activation_fn", to="os.system"), r"policy_kwargs\['activation_fn'\]='os.system'"),
-        (_set(KWARGS, "activation_fn", to="NatureCNN"), r"policy_kwargs\['activation_fn'\]='NatureCNN'"),
-        (_set(KWARGS, "activation_fn", to="GELU"), None),  # well-formed
-        (_set(KWARGS, "features_extractor_class", to="../x.Extractor"), "features_extractor_class"),
-        (_set(KWARGS, "optimizer_class", to="LBFGS"), "optimizer_class"),
-        (_set(KWARGS, "optimizer_kwargs", to=dict(params=[1])), "optimizer_kwargs has"),
-        (_set(KWARGS, "features_extractor_kwargs", to=dict(observation_space=1)), "features_extractor_kwargs has"),
-        (_set(KWARGS, "net_arch", to=dict(pi=[10**12], vf=[16])), "net_arch.*sensible size"),
-        (_set(KWARGS, "net_arch", to=dict(pi=[16384] * 101, vf=[16])), "needs more numbers than the weights have"),
-        (_set(KWARGS, "net_arch", to=dict(pi=[16], vf=[16] * 100_000)), "net_arch.*sensible size"),
-        (_set(KWARGS, "net_arch", to=dict(pi=[16], vf=[32])), r"policy.critic.0.weight is F32 of the shape \[16, 3\], not"),
-        (_set(KWARGS, "net_arch", to=dict(pi=[16], vf=[16], x=[1])), "net_arch must have pi and vf"),
-        (_set(KWARGS, "net_arch", to=dict(pi=[16], vf=[16, 16, 16])), "unknown tensors|missing"),
-        (_set(KWARGS, "net_arch", to=dict(pi=[16.5], vf=[16])), "net_arch"),
-        (_set(KWARGS, "horizon", to=True), r"policy_kwargs\['horizon'\]=True"),
-        (_set(KWARGS, "horizon", to=-1), "horizon"),
-        (_set(KWARGS, "horizon", to=16000), "does not fit|can be made"),
-        (_set(KWARGS, "denoising_steps", to=10**9), "denoising_steps"),
-        (_set(KWARGS, "denoising_steps", to=16000), "denoising_steps must be 1 to 1000"),
-        (_set(KWARGS, "time_dim", to=16384), "does not fit|can be made"),
-        (lambda config: config[KWARGS].pop("horizon"), r"lacks policy_kwargs\['horizon'\]"),
-        (_set(ARGUMENTS, "tensorboard_log", to="../../.ssh"), r"arguments has \['tensorboard_log'\]"),
-        (_set(ARGUMENTS, "pretrained", to="../stranger.zip"), r"arguments has \['pretrained'\]"),
-        (_set(ARGUMENTS, "env", to="evil_module:Env-v0"), r"arguments has \['env'\]"),
-        (_set(ARGUMENTS, "learning_rate", to="lambda: 0"), r"arguments\['learning_rate'\]|learning_rate='lambda"),
-        (_set(ARGUMENTS, "critic_learning_rate", to="lin_x"), "critic_learning_rate='lin_x' is not a schedule"),
-        (_set(ARGUMENTS, "gamma", to=float("nan")), r"arguments\['gamma'\]=nan"),
-        (_set(ARGUMENTS, "gamma", to=10**400), r"arguments\['gamma'\]"),
-        (_set(ARGUMENTS, "n_steps", to=2**62), "rollout buffer of .* bytes per env.*pass a smaller n_steps"),
-        (_set(ARGUMENTS, "act_steps", to=0), "act_steps=0"),
-        (_set(ARGUMENTS, "seed", to=2**62), "can be made"),
-        (_set(ARGUMENTS, "ft_denoising_anneal", to=[1, 2, 3]), "ft_denoising_anneal"),
-        (_set(ARGUMENTS, "scheduler", to="euler"), "scheduler='euler'"),
-        (_set(ARGUMENTS, "scheduler", to={"_class_name": "DiffusionPipeline"}), "scheduler.*must be a name"),
-        (_set(ARGUMENTS, "scheduler", to={"_class_name": ["DDIMScheduler"]}), "scheduler.*must be a name"),
-        (
-            _set(ARGUMENTS, "scheduler", to={"_class_name": "DDIMScheduler", **dict(num_train_timesteps=10**6)}),
-            "scheduler.*which this version does not know",
-        ),
-        (_set(ARGUMENTS, "scheduler", to={"_class_name": "DDIMScheduler", **dict(thresholding=True)}), "thresholding"),
-        (_set(ARGUMENTS, "scheduler", to={"_class_name": "DDIMScheduler", **dict(timestep_spacing="x")}), "timestep_spacing"),
-        (_set("training", "n_rollouts", to="3"), r"training\['n_rollouts'\]='3'"),
-        (_set("training", "more", to=3), "training must have the fields"),
-        (_set("training", "reward_var", to="nan"), r"training\['reward_var'\]='nan'"),
-        (_set("vec_normalize", to={}), "vec_normalize must have the fields"),
-        (_set(OBS, to="Box"), "observation_space='Box' is no"),
-        (_set(OBS, "type", to="Graph"), "observation_space=.* is no"),
-        (_set(OBS, "shape", to=[10**6, 10**6]), "too large"),
-        (_set(OBS, "shape", to=[-3]), "too large or unknown"),
-        (_set(OBS, "shape", to=[4]), "does not fit|numbers, but the space"),
-        (_set(OBS, "dtype", to="object"), "too large or unknown"),
-        (_set(OBS, "dtype", to="uint8"), "observation_space.low|is no such space"),
-        (_set(OBS, "low", to=[0.0, 1.0]), "has 2 numbers, but the space the shape"),
-        (_set(OBS, "low", to=1e300), "numbers that float32 does not hold"),
-        (_set(OBS, "low", to=100.0), "low"),
-        (_set(OBS, to=dict(type="Discrete", n=2**62, start=0)), "can be made"),
-        (_set(OBS, to=dict(type="Discrete", n=0, start=0)), "no such space"),
-        (_set(OBS, to=dict(type="MultiDiscrete", nvec=[2**62, 2**62], dtype="int64")), "can be made"),
-        (_set(OBS, to=dict(type="Dict", spaces=dict(a=dict(type="Dict", spaces={})))), "is a Dict in a Dict"),
-        (_set(OBS, to=dict(type="Dict", spaces={})), "can be made"),
-        (_set(OBS, to=dict(type="MultiBinary", shape=[])), "does not fit"),
-        (
-            _set(
-                OBS,
-                to=dict(type="Dict", spaces={k: dict(type="Box", shape=[2**21], dtype="int8", low=0, high=1) for k in "abc"}),
-            ),
-            "more than 4194304 numbers",
-        ),
-        (_set("action_space", to=dict(type="Discrete", n=2, start=0)), "can be made"),
-        (_set("action_space", "high", to="inf"), "infinite bounds"),
-    ],
-)
-def test_hostile_configurations(change: Callable[[dict[str, Any]], Any], message: str | None, copied: Path) -> None:
-    change_config(copied, change)
-    if message is None:
-        DPPO.from_pretrained(copied)
-        return
-    with pytest.raises(ValueError, match=message):
-        DPPO.from_pretrained(copied)
-
-
-@pytest.mark.parametrize(
-    "content,message",
-    [
-        (b"", "is no JSON"),
-        (b"{", "is no JSON"),
-        (b"\xff\xfe", "is no JSON"),
-        (b"[]", "does not have the format"),
-        (b"[" * 500_000, "is no JSON"),
-        (b" " * 2**21, "larger than"),
-        (pickle.dumps(print), "is no JSON"),
-        (b"9" * 10_000, "is no JSON"),
-    ],
-)
-def test_configurations_that_are_none(content: bytes, message: str, copied: Path) -> None:
-    (copied / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        DPPO.from_pretrained(copied)
-
-
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        (lambda tensors: tensors.pop("policy.action_scale"), r"missing \['policy.action_scale'\]"),
-        (lambda tensors: tensors.update(more=th.zeros(1)), r"unknown tensors \['more'\]"),
-        (_set("policy.action_scale", to=th.zeros(2)), r"policy.action_scale is F32 of the shape \[2\], not F32 of \[1\]"),
-        (_set("policy.action_scale", to=th.zeros(1, dtype=th.double)), "policy.action_scale is F64"),
-        (_set("vec_normalize.ret_rms.mean", to=th.zeros(1)), "has the statistics"),
-    ],
-)
-def test_weights_that_do_not_fit(change: Callable[[dict[str, Any]], Any], message: str, copied: Path) -> None:
-    change_weights(copied, change)
-    with pytest.raises(ValueError, match=message):
-        DPPO.from_pretrained(copied)
-
-
-def test_damaged_weights(copied: Path) -> None:
-    path = copied / "model.safetensors"
-    content = path.read_bytes()
-    for damaged in (
-        b"",
-        content[:4],
-        content[:100],
-        content[:-1],
-        content + b"\0",
-        (2**40).to_bytes(8, "little") + content[8:],
-        (2**21).to_bytes(8, "little") + b" " * 2**21,
-        content.replace(b"F32", b"F99"),
-        pickle.dumps(print),
-    ):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="not the one that"):
-            DPPO.from_pretrained(copied)
-        accept_weights(copied)
-        with pytest.raises(ValueError, match="safetensors"):
-            DPPO.from_pretrained(copied)
-
-
-@pytest.mark.parametrize("value", [float("nan"), -1.0])
-def test_statistics_that_are_none(value: float, tmp_path: Path) -> None:
-    make_model(VecNormalize(make_vec_env("Pendulum-v1", 1), norm_reward=False)).save_pretrained(tmp_path / "model")
-    change_weights(tmp_path / "model", _set("vec_normalize.obs_rms.var", to=th.full((3,), value, dtype=th.double)))
-    with pytest.raises(ValueError, match="not the mean, variance and count"):
-        DPPO.from_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize(

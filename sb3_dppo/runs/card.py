@@ -1,0 +1,72 @@
+"""The model card of a shared model: what people and model hubs read."""
+
+import json
+from typing import Any
+
+import yaml
+from gymnasium import spaces
+
+from sb3_dppo._version import __version__
+from sb3_dppo.runs.faults import has_attr
+
+
+def make_card(model: Any, config: dict[str, Any]) -> str:
+    """
+    :param model: The model.
+    :param config: Its configuration.
+    :return: A model card: Markdown after YAML, as model hubs read it.
+    """
+    env = model.env
+    spec = env.get_attr("spec")[0] if env is not None and has_attr(env, "spec") else None
+    env_id = getattr(spec, "id", None)
+    tags = ["reinforcement-learning", "diffusion-policy", "dppo", "stable-baselines3", *([env_id] if env_id else [])]
+    metadata = dict(library_name="sb3-dppo", pipeline_tag="reinforcement-learning", tags=tags)
+    training = config["training"]
+    how = f"{training['num_timesteps']} env steps of DPPO"
+    if training["pretrained_on_demonstrations"]:
+        how = f"demonstrations (behaviour cloning), then {how}"
+    hyperparameters = json.dumps({name: config[name] for name in ("policy_kwargs", "arguments")}, indent=2, ensure_ascii=False)
+    usage_env = json.dumps(env_id) if env_id else "env"
+    normalized = ""
+    if config["vec_normalize"] is not None:
+        normalized = "\nIts `VecNormalize` statistics are in the folder: `from_pretrained` wraps `env` in it.\n"
+    return f"""---
+{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---
+
+# {config["policy"]} {f"for {env_id}" if env_id else "by DPPO"}
+
+A diffusion policy, trained on {how} ([Ren et al. 2024](https://arxiv.org/abs/2409.00588)) with sb3-dppo {__version__} and
+Stable-Baselines3. The folder holds numbers and text, nothing that is executed.
+
+| | |
+| --- | --- |
+| Env | {f"`{env_id}`" if env_id else "not registered"} |
+| Observations | `{_one_line(model.observation_space)}` |
+| Actions | `{_one_line(model.action_space)}` |
+| Parameters | {sum(parameter.numel() for parameter in model.policy.denoiser.parameters())} in the denoiser |
+
+## Usage
+
+```python
+from sb3_dppo import DPPO
+from stable_baselines3.common.evaluation import evaluate_policy
+
+model = DPPO.from_pretrained("path/of/this/folder", env={usage_env})
+print(evaluate_policy(model, model.get_env(), n_eval_episodes=10))
+model.learn(100_000, reset_num_timesteps=False)  # training goes on
+```
+{normalized}
+## Results
+
+None were recorded: see the usage above for how to measure them.
+
+## Hyperparameters
+
+```json
+{hyperparameters}
+```
+"""
+
+
+def _one_line(space: spaces.Space) -> str:
+    return " ".join(str(space).split()).replace("`", "'").replace("|", "\\|")
