@@ -232,6 +232,15 @@ def test_learning_in_two_calls() -> None:
     assert model.learn(16).num_timesteps == 16
 
 
+def test_schedules_begin_anew_in_a_second_call() -> None:
+    """In its first rollout, too, which is collected before anything says how far training is."""
+    model = make_model(min_sampling_std="lin_0.3").learn(16)
+    first = model.logger.name_to_value["train/min_sampling_std"]
+    assert first == pytest.approx(0.3)
+    model.learn(16)
+    assert model.logger.name_to_value["train/min_sampling_std"] == first
+
+
 def test_save_and_load(tmp_path: Path) -> None:
     model = make_model().learn(16)
     model.save(tmp_path / "model.zip")
