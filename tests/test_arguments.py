@@ -1,0 +1,177 @@
+"""Arguments that do not fit end in an error that names them, before any work is done, and says what to do."""
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+
+from sb3_dppo import DPPO
+from tests.test_sb3_conventions import SMALL, make_model
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("gamma", -0.1),
+        ("gamma", 1.1),
+        ("gamma", NAN),
+        ("gamma_denoising", 0.0),
+        ("gamma_denoising", 1.1),
+        ("gae_lambda", -0.1),
+        ("gae_lambda", 1.1),
+        ("learning_rate", -1e-3),
+        ("learning_rate", NAN),
+        ("critic_learning_rate", -1e-3),
+        ("critic_learning_rate", "-1e-3"),
+        ("eta_learning_rate", -1e-3),
+        ("lr_warmup", 1.0),
+        ("lr_decay", "slow"),
+        ("n_steps", 0),
+        ("n_epochs", 0),
+        ("batch_size", 0),
+        ("batch_size", None),
+        ("clip_range", -0.1),
+        ("clip_range", NAN),
+        ("clip_range_base", -0.1),
+        ("clip_range_vf", -0.2),
+        ("advantage_quantiles", (0.9, 0.1)),
+        ("advantage_quantiles", (-0.1, 1.0)),
+        ("advantage_quantiles", (0.0, 1.1)),
+        ("vf_coef", -0.5),
+        ("bc_coef", -0.1),
+        ("kl_coef", -0.1),
+        ("max_grad_norm", 0.0),
+        ("max_grad_norm", -1.0),
+        ("target_kl", 0.0),
+        ("target_kl", -0.01),
+        ("critic_warmup", -1),
+        ("eta_update_interval", 0),
+        ("n_accumulate", 0),
+        ("ft_denoising_anneal", (0, 1)),
+        ("ft_denoising_steps", 0),
+        ("inference_steps", 0),
+        ("act_steps", 0),
+        ("min_sampling_std", -0.1),
+        ("min_logprob_std", 0.0),
+        ("noise_clip", 0.0),
+        ("ent_coef", "auto"),
+        ("shuffle", "rows"),
+    ],
+)
+def test_values_out_of_range(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        make_model(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(gamma=0.0, gae_lambda=0.0, clip_range_base=0.0),
+        dict(gamma=1.0, gae_lambda=1.0, gamma_denoising=1.0, clip_range_base=0.1, clip_range=0.1),
+        dict(learning_rate=0.0, critic_learning_rate=0.0, clip_range=0.0),
+        dict(vf_coef=0.0, bc_coef=0.0, kl_coef=0.0, critic_warmup=0, min_sampling_std=0.0, clip_range_vf=0.1),
+    ],
+)
+def test_ends_of_the_ranges_are_inside(settings: dict[str, Any]) -> None:
+    make_model(**settings).learn(16)
+
+
+def test_clip_range_base_above_clip_range() -> None:
+    with pytest.raises(ValueError, match=r"clip_range_base=0\.2"):
+        make_model(clip_range=0.1, clip_range_base=0.2)
+    # A schedule may bring the one below the other.
+    make_model(clip_range=lambda progress: 0.3 * progress, clip_range_base=0.2).learn(32)
+
+
+def test_advantage_of_a_single_pair() -> None:
+    """Minus its mean, nothing is left of it."""
+    one_step: dict[str, Any] = dict(env="Pendulum-v1", policy_kwargs=SMALL | dict(denoising_steps=1))
+    with pytest.raises(ValueError, match="batch_size=1 .*normalize_advantage"):
+        make_model(batch_size=1)
+    with pytest.raises(ValueError, match="n_steps=1 .*normalize_advantage"):
+        make_model(n_steps=1, **one_step)
+    make_model(batch_size=1, normalize_advantage=False).learn(16)
+    make_model(n_steps=1, normalize_advantage=False, **one_step).learn(2)
+
+
+def test_advantage_of_a_single_decision() -> None:
+    with pytest.raises(ValueError, match="n_steps=4 .*normalize_advantage"):
+        make_model(env="Pendulum-v1", n_steps=4, policy_kwargs=SMALL | dict(horizon=4))
+
+
+def test_rollout_buffer_of_ppo() -> None:
+    with pytest.raises((TypeError, ValueError), match="rollout_buffer_class=.*DenoisingRolloutBuffer"):
+        make_model(rollout_buffer_class=RolloutBuffer)
+
+
+# ---------------------------------------------------------------------- entries copied from PPO's
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("share_features_extractor", True),
+        ("log_std_init", -2),
+        ("use_sde", True),
+        ("ortho_init", False),
+        ("use_expln", True),
+        ("full_std", False),
+        ("squash_output", True),
+    ],
+)
+def test_policy_kwargs_of_ppo(name: str, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=name) as error:
+        make_model(policy_kwargs=SMALL | {name: value})
+    assert "unexpected keyword" not in str(error.value)
+
+
+@pytest.mark.parametrize("name,value", [("use_sde", True), ("sde_sample_freq", 4)])
+def test_arguments_of_ppo(name: str, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=name) as error:
+        make_model(**{name: value})
+    # What Python says of any name that it does not know is not all.
+    assert not str(error.value).endswith(f"unexpected keyword argument '{name}'")
+
+
+def test_residual_that_cannot_be() -> None:
+    for net_arch in ([64, 64], dict(pi=[8, 4], vf=[16]), dict(pi=[8], vf=[16, 4])):
+        with pytest.raises(ValueError, match="net_arch"):
+            make_model(policy_kwargs=dict(net_arch=net_arch, residual=True))
+
+
+def test_clip_action() -> None:
+    with pytest.raises(ValueError, match="ClipAction"):
+        make_model(env=gym.wrappers.ClipAction(gym.make("Pendulum-v1")))
+
+
+def test_probability_of_an_action() -> None:
+    """What imitation's BC and GAIL ask for: the error names what to use."""
+    policy = make_model().policy
+    with pytest.raises(NotImplementedError, match=r"sb3_dppo\.BC|BC\("):
+        policy.evaluate_actions(th.zeros(1, 3), th.zeros(1, 1))
+
+
+# ---------------------------------------------------------------------- files
+
+
+def test_changes_that_a_folder_fixes(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "folder")
+    with pytest.raises((TypeError, ValueError), match="policy_kwargs") as error:
+        DPPO.from_pretrained(tmp_path / "folder", policy_kwargs=dict(horizon=4))
+    assert "config.json" not in str(error.value)
+
+
+def test_values_out_of_range_of_a_file(tmp_path: Path) -> None:
+    """A model is also loaded only to predict, as the zoo does: with no learning rate and no clip range, for one env."""
+    model = make_model()
+    model.save(tmp_path / "model")
+    loaded = DPPO.load(tmp_path / "model", learning_rate=0.0, clip_range=lambda _: 0.0)
+    assert np.isfinite(loaded.predict(loaded.observation_space.sample())[0]).all()
+    with pytest.raises(ValueError, match="n_epochs=0"):
+        DPPO.load(tmp_path / "model", env=model.env, n_epochs=0).learn(16)
