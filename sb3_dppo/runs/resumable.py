@@ -12,6 +12,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dppo.runs.checkpoints import RunState
 from sb3_dppo.runs.faults import EnvGuard, changes_numbers, check_finite, interruptible
@@ -30,7 +31,7 @@ def constructor_arguments(cls: type) -> dict[str, Any]:
     for base in cls.__mro__:
         parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
         named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
-        hints = get_type_hints(base.__init__)  # type: ignore[misc]
+        hints = get_type_hints(base.__init__, localns=dict(VecEnv=VecEnv))  # type: ignore[misc]
         arguments = {name: hints.get(name, Any) for name in named} | arguments
         if "policy_aliases" in vars(base) or not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
@@ -144,6 +145,9 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
             # After ``total_timesteps`` was counted from where the file was saved: what was collected of its rollout is
             # collected again.
             self.num_timesteps = self._num_timesteps_at_start = run_state.num_timesteps
+        else:
+            # Else the first rollout would follow the schedules as the last call left them.
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
         assert self._last_episode_starts is not None
         if self._last_episode_starts.all():
             self.reward_scaler.forget_episodes(self.n_envs)
