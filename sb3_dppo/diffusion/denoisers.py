@@ -7,14 +7,7 @@ from typing import Any
 
 import torch as th
 from torch import nn
-
-
-def make_activation(activation_fn: type[nn.Module]) -> nn.Module:
-    """
-    :param activation_fn: Activation of what a linear layer or a norm has just made, which nothing else needs.
-    :return: The activation, in place where that is possible: on large batches, memory is what takes time.
-    """
-    return nn.ReLU(inplace=True) if activation_fn is nn.ReLU else activation_fn()
+from torch.nn import functional as F
 
 
 class ResidualBlock(nn.Module):
@@ -34,7 +27,7 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6) if layer_norm else nn.Identity()
         self.linear2 = nn.Linear(width, width)
         self.activation1 = activation_fn()
-        self.activation2 = make_activation(activation_fn)
+        self.activation2 = activation_fn()
 
     def branch(self) -> tuple[nn.Module, ...]:
         """
@@ -43,10 +36,7 @@ class ResidualBlock(nn.Module):
         return (self.norm1, self.activation1, self.linear1, self.norm2, self.activation2, self.linear2)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        hidden = x
-        for layer in self.branch():
-            hidden = layer(hidden)
-        return x + hidden
+        return _residual(self.branch(), x)
 
 
 def make_mlp(
@@ -85,42 +75,52 @@ def make_mlp(
             layers.append(nn.Linear(last, width))
             if layer_norm:
                 layers.append(nn.LayerNorm(width))
-            layers.append(make_activation(activation_fn))
+            layers.append(activation_fn())
             last = width
     layers.append(nn.Linear(last, output_dim))
     return nn.Sequential(*layers)
 
 
-def in_sequence(layers: Iterable[nn.Module]) -> Callable[[th.Tensor], th.Tensor]:
+def is_plain(module: nn.Module) -> bool:
+    """
+    :param module: A layer, or a network of layers.
+    :return: Whether it computes what its class says, so that its weights can be read and its ``forward`` called without it:
+        it has no hooks, and no layer is of a subclass (with an adapter or a parametrisation of its weights, for instance).
+    """
+    return all(
+        (type(part) in _PLAIN or not isinstance(part, _PLAIN))
+        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
+        for part in module.modules()
+    )
+
+
+_PLAIN = (nn.Linear, nn.Identity, nn.Sequential, ResidualBlock)
+
+
+def plain_functions(layers: Iterable[nn.Module]) -> list[Callable[[th.Tensor], th.Tensor]]:
     """
     The same computation with fewer calls, which for a single decision cost more than the matrix products.
 
-    :param layers: Layers of :func:`make_mlp`.
-    :return: A function of a batch, shape (B, input size). It does not call hooks of the layers.
+    :param layers: Layers of :func:`make_mlp`, all of them plain.
+    :return: A function for each, of a batch, shape (B, input size).
     """
     functions: list[Callable[[th.Tensor], th.Tensor]] = []
     for layer in layers:
         if isinstance(layer, nn.Linear):
-            functions.append(partial(_linear, layer.bias, layer.weight.t()))
+            functions.append(partial(F.linear, weight=layer.weight, bias=layer.bias))
         elif isinstance(layer, ResidualBlock):
-            functions.append(partial(_add, in_sequence(layer.branch())))
-        elif not isinstance(layer, nn.Identity):
+            branch = (part for part in layer.branch() if not isinstance(part, nn.Identity))
+            functions.append(partial(_residual, plain_functions(branch)))
+        else:
             functions.append(layer.forward)
-
-    def run(x: th.Tensor) -> th.Tensor:
-        for function in functions:
-            x = function(x)
-        return x
-
-    return run
+    return functions
 
 
-def _linear(bias: th.Tensor, weight: th.Tensor, x: th.Tensor) -> th.Tensor:
-    return th.addmm(bias, x, weight)
-
-
-def _add(branch: Callable[[th.Tensor], th.Tensor], x: th.Tensor) -> th.Tensor:
-    return x + branch(x)
+def _residual(branch: Iterable[Callable[[th.Tensor], th.Tensor]], x: th.Tensor) -> th.Tensor:
+    hidden = x
+    for function in branch:
+        hidden = function(hidden)
+    return x + hidden
 
 
 class Denoiser(nn.Module, ABC):
@@ -218,66 +218,62 @@ class MlpDenoiser(Denoiser):
         self.mlp = make_mlp(
             sum(self.input_sizes), chunk_dim, net_arch, activation_fn, residual=residual, layer_norm=layer_norm
         )
+        # Activations and residual blocks, whose inputs are modulated.
+        self._modulated = [not isinstance(layer, (nn.Linear, nn.LayerNorm)) for layer in self.mlp]
+        self._widths = list(net_arch[: sum(self._modulated)])
         self.film = None
         if film:
-            # Runs of layers between which the hidden layers are modulated.
-            self._runs: list[list[nn.Module]] = [[]]
-            for layer in self.mlp:
-                if not isinstance(layer, (nn.Linear, nn.LayerNorm)):
-                    self._runs.append([])
-                self._runs[-1].append(layer)
-            if len(self._runs) == 1:
+            if not self._widths:
                 raise ValueError(
                     f"net_arch={list(net_arch)} has no residual block that film=True could modulate: use three layers or "
                     "more, or residual=False."
                 )
-            self._widths = list(net_arch[: len(self._runs) - 1])
             self.film = nn.Linear(time_dim + features_dim, 2 * sum(self._widths))
             nn.init.zeros_(self.film.weight)
             nn.init.zeros_(self.film.bias)
 
     def for_chain(self, features: th.Tensor, timesteps: th.Tensor) -> list[Callable[[th.Tensor], th.Tensor]]:
-        first, *following = self.mlp.children()
-        assert isinstance(first, nn.Linear)
+        first, film = self.mlp[0], self.film
+        if type(self) is not MlpDenoiser or type(first) is not nn.Linear or not is_plain(self):
+            return super().for_chain(features, timesteps)
         # The first layer by what it sees: at each step only the noisy chunk's part is computed anew.
-        chunk_weight, time_weight, obs_weight = first.weight.t().split(self.input_sizes)
+        chunk_weight, time_weight, obs_weight = first.weight.split(self.input_sizes, dim=1)
         condition, embeddings = self.encode(features), self.embed_timesteps(timesteps)
-        obs_part = condition @ obs_weight
-        time_parts = th.addmm(first.bias, embeddings, time_weight)
-        if self.film is None:
-            rest = in_sequence(following)
+        obs_part = F.linear(condition, obs_weight)
+        time_parts = F.linear(embeddings, time_weight, first.bias)
+        following = plain_functions([*self.mlp][1:])
+        obs_modulation: Any = None
+        time_modulations: Any = [None] * len(timesteps)
+        if film is not None:
+            time_film, obs_film = film.weight.split(self.input_sizes[1:], dim=1)
+            obs_modulation = F.linear(condition, obs_film, film.bias)
+            time_modulations = F.linear(embeddings, time_film).unbind()
 
-            def predict(time_part: th.Tensor, sample: th.Tensor) -> th.Tensor:
-                hidden = th.addmm(obs_part, sample.flatten(1), chunk_weight).add_(time_part)
-                return rest(hidden).view_as(sample)
+        def predict(time_part: th.Tensor, time_modulation: th.Tensor | None, sample: th.Tensor) -> th.Tensor:
+            hidden = th.addmm(obs_part, sample.flatten(1), chunk_weight.t()).add_(time_part)
+            modulation = None if time_modulation is None else obs_modulation + time_modulation
+            return self._after_first(following, hidden, modulation).view_as(sample)
 
-            return [partial(predict, time_part) for time_part in time_parts.unbind()]
+        return [partial(predict, *parts) for parts in zip(time_parts.unbind(), time_modulations, strict=True)]
 
-        time_film, obs_film = self.film.weight.t().split(self.input_sizes[1:])
-        obs_modulation = th.addmm(self.film.bias, condition, obs_film)
-        time_modulations = embeddings @ time_film
-        runs = [in_sequence(run) for run in [self._runs[0][1:], *self._runs[1:]]]
-
-        def predict_modulated(time_part: th.Tensor, time_modulation: th.Tensor, sample: th.Tensor) -> th.Tensor:
-            hidden = th.addmm(obs_part, sample.flatten(1), chunk_weight).add_(time_part)
-            return self._modulated(runs, hidden, obs_modulation + time_modulation).view_as(sample)
-
-        parts = zip(time_parts.unbind(), time_modulations.unbind(), strict=True)
-        return [partial(predict_modulated, *part) for part in parts]
-
-    def _modulated(
-        self, runs: Sequence[Callable[[th.Tensor], th.Tensor]], hidden: th.Tensor, modulation: th.Tensor
+    def _after_first(
+        self, layers: Iterable[Callable[[th.Tensor], th.Tensor]], hidden: th.Tensor, modulation: th.Tensor | None
     ) -> th.Tensor:
         """
-        :param runs: Functions of hidden layers.
-        :param hidden: Input of the first, shape (B, ...).
-        :param modulation: Scales (less 1) and shifts of the inputs of the others, shape (B, 2 · their widths).
+        :param layers: The layers of ``mlp`` after the first, or functions that compute the same.
+        :param hidden: Output of the first, shape (B, width).
+        :param modulation: Scales (less 1) and shifts of some layers' inputs, shape (B, 2 · their widths), if there is FiLM.
         :return: Output of the last.
         """
-        scales, shifts = (part.split(self._widths, dim=1) for part in modulation.chunk(2, dim=1))
-        hidden = runs[0](hidden)
-        for run, scale, shift in zip(runs[1:], scales, shifts, strict=True):
-            hidden = run(th.addcmul(hidden + shift, hidden, scale))
+        if modulation is None:
+            for layer in layers:
+                hidden = layer(hidden)
+            return hidden
+        scales, shifts = (iter(part.split(self._widths, dim=1)) for part in modulation.chunk(2, dim=1))
+        for layer, modulated in zip(layers, self._modulated[1:], strict=True):
+            if modulated:
+                hidden = th.addcmul(hidden + next(shifts), hidden, next(scales))
+            hidden = layer(hidden)
         return hidden
 
     def encode(self, features: th.Tensor) -> th.Tensor:
@@ -291,7 +287,7 @@ class MlpDenoiser(Denoiser):
         if self.film is None:
             return self.mlp(inputs).view_as(sample)
         modulation = self.film(inputs[:, self.input_sizes[0] :])
-        return self._modulated([nn.Sequential(*run) for run in self._runs], inputs, modulation).view_as(sample)
+        return self._after_first([*self.mlp][1:], self.mlp[0](inputs), modulation).view_as(sample)
 
 
 class UnetDenoiser(Denoiser):

@@ -74,8 +74,8 @@ def _class_and_options(scheduler: Any) -> tuple[Any, dict[str, Any]]:
         options = dict(scheduler.config)  # type: ignore[attr-defined]
     elif isinstance(scheduler, (str, Mapping)):
         options = {} if isinstance(scheduler, str) else dict(scheduler)
-        name = scheduler if isinstance(scheduler, str) else options.get("_class_name")
-        cls = getattr(schedulers, NAMED.get(name, str(name)), None)
+        name = str(scheduler if isinstance(scheduler, str) else options.get("_class_name"))
+        cls = getattr(schedulers, NAMED.get(name, name), None)
         if not (inspect.isclass(cls) and issubclass(cls, SchedulerMixin)):
             raise ValueError(
                 f"scheduler={scheduler!r} is unknown, or needs a package that is not installed: choose 'ddpm', 'ddim', a "
