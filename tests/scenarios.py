@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,14 +48,23 @@ SETTINGS: dict[str, Any] = dict(
 
 @contextmanager
 def process(target: Callable[..., None], *args: Any) -> Iterator[Any]:
-    """A process that runs this, and that does not outlive the context."""
-    child = multiprocessing.get_context("forkserver").Process(target=target, args=args)
+    """A process that runs this. Neither it nor what it starts outlives the context."""
+    child = multiprocessing.get_context("forkserver").Process(target=_in_a_group, args=(target, *args))
     child.start()
     try:
         yield child
     finally:
         child.kill()
         child.join()
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # type: ignore[arg-type]
+
+
+def _in_a_group(target: Callable[..., None], *args: Any) -> None:
+    os.setsid()  # As a program that is started in a terminal.
+    # Python leaves a signal ignored that the parent ignores, as a shell does that starts something in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    target(*args)
 
 
 def make_env(resumable: bool, vec_env_cls: type[VecEnv] = DummyVecEnv) -> VecNormalize:
@@ -226,14 +235,11 @@ def interrupted(folder: str) -> None:
     th.set_num_threads(1)
     results = {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         for when in ("planning", "stepping", "update", "saving"):
             fault = f"signal {int(number)} {os.getpid()}" if when == "stepping" else "none"
             checkpoints = Path(folder) / f"{when}-{int(number)}"
-            env = make_vec_env(
-                partial(FaultyEnv, fault, 26), N_ENVS, vec_env_cls=SubprocVecEnv, vec_env_kwargs=dict(start_method="fork")
-            )
-            assert isinstance(env, SubprocVecEnv)
+            # One of them: another's signal would come when nobody expects it any more.
+            env = SubprocVecEnv([partial(FaultyEnv, fault, 26), WalkEnv, WalkEnv], start_method="fork")
             model = DPPO("DiffusionMlpPolicy", env, **SETTINGS)
             message = "not interrupted"
             try:
@@ -253,9 +259,6 @@ def interrupted(folder: str) -> None:
 
 def train_with_workers(folder: str) -> None:
     """A long run with processes, whose numbers are written down."""
-    # Python leaves a signal ignored that the parent ignores, as a shell does that starts something in the background.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.setsid()  # A group of processes, as a program that is started in a terminal.
     th.set_num_threads(1)
     env = make_vec_env(WalkEnv, N_ENVS, vec_env_cls=SubprocVecEnv)
     assert isinstance(env, SubprocVecEnv)

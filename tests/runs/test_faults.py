@@ -328,7 +328,7 @@ def test_no_process_is_left(number: signal.Signals, tmp_path: Path) -> None:
         (os.killpg if number == signal.SIGINT else os.kill)(child.pid or 0, number)
         child.join(30)
         assert child.exitcode == (-signal.SIGKILL if number == signal.SIGKILL else 1)
-    assert all(gone(pid) for pid in workers)
+        assert all(gone(pid) for pid in workers)
     assert all(goes_on(path) for path in list(tmp_path.glob("*.zip"))[-3:])
 
 
