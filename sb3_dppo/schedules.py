@@ -42,6 +42,11 @@ class DecaySchedule:
         factors = dict(constant=1.0, linear=remaining, cosine=0.5 * (1.0 - math.cos(math.pi * remaining)))
         return factors[self.decay] * value
 
+    def __str__(self) -> str:
+        """What :func:`make_schedule` makes the same schedule of, if there is such a string."""
+        prefix = {decay: prefix for prefix, decay in PREFIXES.items()}.get(self.decay)
+        return repr(self) if callable(self.value) or self.warmup > 0 or prefix is None else f"{prefix}{float(self.value)!r}"
+
 
 def make_schedule(name: str, value: Any, decay: str = "constant", warmup: float = 0.0) -> FloatSchedule:
     """

@@ -213,7 +213,7 @@ class SignallingCheckpoints(CheckpointCallback):
     def _on_step(self) -> bool:
         if self.num_timesteps == 25 * N_ENVS:
             owner, name = dict(
-                planning=(self.model.policy, "unnormalize_actions"),
+                planning=(self.model.policy.normalizer, "unnormalize_actions"),
                 update=(self.model.rollout_buffer, "_get_samples"),  # type: ignore[attr-defined]
             ).get(self.when, (None, ""))
             if self.when == "saving":

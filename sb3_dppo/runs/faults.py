@@ -146,7 +146,11 @@ class EnvGuard:
         :raises ValueError: if something is NaN or infinite, unless its env was reset.
         """
         obs, rewards, dones, infos = self._step_wait()
-        last_obs = {int(i): stack([infos[i]["terminal_observation"]]) for i in np.flatnonzero(dones)}
+        last_obs = {
+            int(i): stack([infos[i]["terminal_observation"]])
+            for i in np.flatnonzero(dones)
+            if "terminal_observation" in infos[i]
+        }
         bad = ~(are_finite(obs) & are_finite(rewards))
         for env_index, last in last_obs.items():
             bad[env_index] |= not are_finite(last)[0]

@@ -145,9 +145,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
             # After ``total_timesteps`` was counted from where the file was saved: what was collected of its rollout is
             # collected again.
             self.num_timesteps = self._num_timesteps_at_start = run_state.num_timesteps
-        else:
-            # Else the first rollout would follow the schedules as the last call left them.
-            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+        # Else the first rollout would follow the schedules as the last call left them.
+        self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
         assert self._last_episode_starts is not None
         if self._last_episode_starts.all():
             self.reward_scaler.forget_episodes(self.n_envs)

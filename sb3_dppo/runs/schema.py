@@ -69,7 +69,7 @@ Count = Annotated[int, Field(strict=True, ge=0, le=MAX_INTEGER)]
 Name = Annotated[str, Field(max_length=1024)]
 Flag = Annotated[bool, Field(strict=True)]
 # A number, also as a string as YAML reads "1e-4", or what begins with it and falls to 0 linearly.
-Schedule = Finite | Annotated[str, Field(pattern=r"^(lin_)?[0-9.eE+-]+$", max_length=40)]
+Schedule = Finite | Annotated[str, Field(pattern=r"^((lin|cos)_)?[0-9.eE+-]+$", max_length=40)]
 Widths = Annotated[list[Size], Field(max_length=MAX_ITEMS)]
 # What annotations don't say.
 SPECIAL: dict[str, Any] = dict(

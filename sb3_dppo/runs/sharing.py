@@ -46,6 +46,7 @@ from sb3_dppo.runs.schema import (
     read_config,
 )
 from sb3_dppo.runs.spaces import describe_space
+from sb3_dppo.schedules import PREFIXES, DecaySchedule
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound=OnPolicyAlgorithm)
 
@@ -166,6 +167,8 @@ def _encode(name: str, value: Any) -> Any:
         value = float(value.val)
     if isinstance(value, LinearSchedule) and value.end == 0 and value.end_fraction == 1:
         return f"lin_{float(value.start)!r}"
+    if isinstance(value, DecaySchedule) and str(value)[:4] in PREFIXES:
+        return str(value)
     if type(value).__name__ == "SimpleLinearSchedule":  # RL Zoo's
         return f"lin_{float(value.initial_value)!r}"
     if value is None or isinstance(value, (bool, int, str)):

@@ -264,7 +264,7 @@ def test_bad_settings(kwargs: dict, message: str) -> None:
 def test_settings_can_be_changed_on_loading(tmp_path) -> None:
     make_model(compile=True).save(tmp_path / "model")
     loaded = DPPO.load(tmp_path / "model", compile=False, precision="bfloat16", n_accumulate=2)
-    assert loaded.policy.precision == "bfloat16"
+    assert loaded.policy.sampler.config.precision == "bfloat16"
     assert loaded.policy.sampler.config.compile is False
     assert loaded.n_accumulate == 2
 

@@ -166,7 +166,7 @@ def test_dict_observations_can_be_normalised() -> None:
     model = make_model("DiffusionMultiInputPolicy", DummyVecEnv([VectorDictEnv]))
     policy = model.policy
     low, high = np.array([-1, -1, -9, -9, -9, -9.0]), np.array([1, 1, 9, 9, 9, 9.0])
-    policy.set_normalization(low, high, np.array([-1.0]), np.array([1.0]))
+    policy.normalizer.set_ranges(low, high, np.array([-1.0]), np.array([1.0]))
     obs = dict(a=th.tensor([[1.0, -1.0]]), b=th.tensor([[[9.0, -9.0], [0.0, 4.5]]]), c=th.tensor([2]))
     features = policy.extract_features(obs)
     expected = th.tensor([[1, -1, 1, -1, 0, 0.5, 0, 0, 1]])

@@ -28,7 +28,7 @@ def test_import_then_train_save_and_load(tmp_path: Path) -> None:
     model.learn(16)
     model.save(tmp_path / "model")
     loaded = DPPO.load(tmp_path / "model")
-    assert loaded.policy.horizon == 4 and loaded.policy.denoising_steps == 20
+    assert loaded.policy.horizon == 4 and loaded.policy.process.denoising_steps == 20
     assert loaded.pretrained_on_demonstrations
     obs = np.zeros((2, 11))
     assert (loaded.predict(obs, deterministic=True)[0] == model.predict(obs, deterministic=True)[0]).all()

@@ -232,13 +232,13 @@ def test_configurations_that_are_none(content: bytes, message: str, copied: Path
 @pytest.mark.parametrize(
     "change,message",
     [
-        (lambda tensors: tensors.pop("policy.action_scale"), r"missing \['policy.action_scale'\]"),
+        (lambda tensors: tensors.pop("policy.normalizer.action_scale"), r"missing \['policy.normalizer.action_scale'\]"),
         (lambda tensors: tensors.update(more=th.zeros(1)), r"unknown tensors \['more'\]"),
         (
-            _set("policy.action_scale", to=th.zeros(2)),
-            r"policy.action_scale is F32 of the shape \[2\], not F32 of the shape \[1\]",
+            _set("policy.normalizer.action_scale", to=th.zeros(2)),
+            r"policy.normalizer.action_scale is F32 of the shape \[2\], not F32 of the shape \[1\]",
         ),
-        (_set("policy.action_scale", to=th.zeros(1, dtype=th.double)), "policy.action_scale is F64"),
+        (_set("policy.normalizer.action_scale", to=th.zeros(1, dtype=th.double)), "policy.normalizer.action_scale is F64"),
         (_set("vec_normalize.ret_rms.mean", to=th.zeros(1)), "has the statistics"),
     ],
 )

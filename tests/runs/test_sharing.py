@@ -104,7 +104,7 @@ def test_arguments_and_training_state(tmp_path: Path) -> None:
     assert loaded.learning_rate == "lin_1e-3" and loaded.critic_learning_rate == 2e-3 and loaded.clip_range == "lin_0.2"
     assert loaded.policy.process.scheduler.config.set_alpha_to_one is False
     th.testing.assert_close(loaded.policy.process.table, model.policy.process.table, rtol=0, atol=0)
-    assert model.ft_denoising_steps == loaded.ft_denoising_steps == loaded.policy.ft_denoising_steps == 1  # annealed
+    assert model.ft_denoising_steps == loaded.ft_denoising_steps == loaded.policy.sampler.ft_denoising_steps == 1  # annealed
     for name in (
         "ft_denoising_anneal",
         "advantage_quantiles",
@@ -116,8 +116,8 @@ def test_arguments_and_training_state(tmp_path: Path) -> None:
     ):
         assert getattr(loaded, name) == getattr(model, name), name
     assert loaded.pretrained_on_demonstrations and loaded._n_updates == model._n_updates
-    assert loaded.policy.normalizes_observations
-    assert loaded.policy.min_sampling_std == model._min_sampling_std(model._current_progress_remaining)
+    assert loaded.policy.normalizer.changes_observations
+    assert loaded.policy.sampler.config.min_sampling_std == model.policy.sampler.config.min_sampling_std
     for field in ("mean", "var", "count"):
         assert getattr(loaded.reward_scaler.statistics, field) == getattr(model.reward_scaler.statistics, field)
     with pytest.raises(ValueError, match="no env to learn in"):
@@ -126,7 +126,7 @@ def test_arguments_and_training_state(tmp_path: Path) -> None:
 
 def test_changing_arguments(saved: Path) -> None:
     loaded = DPPO.from_pretrained(str(saved), scheduler="ddim", inference_steps=2, act_steps=1, n_steps=10)
-    assert loaded.policy.inference_steps == 2 and loaded.policy.act_steps == 1
+    assert loaded.policy.sampler.inference_steps == 2 and loaded.policy.sampler.act_steps == 1
     loaded = DPPO.from_pretrained(saved, env=make_vec_env("Pendulum-v1", 3), learning_rate=lambda _: 1e-5)
     assert loaded.learn(48).num_timesteps == 48
     with pytest.raises(TypeError, match=r"from_pretrained\(\).*'ft_denoising_step'.*did you mean 'ft_denoising_steps'"):
@@ -226,7 +226,6 @@ class OwnPolicy(DPPO.policy_aliases["DiffusionMlpPolicy"]):  # type: ignore[misc
             dict(policy_kwargs={**SMALL, "activation_fn": OwnExtractor}),
             r"policy_kwargs\['activation_fn'\] is a class of your own",
         ),
-        (dict(policy_kwargs={**SMALL, "denoising_steps": 2000}), r"\['denoising_steps'\]=2000: .*less than or equal to 1000"),
         (dict(policy=OwnPolicy), "policy=OwnPolicy is a class of your own"),
         (dict(env=SpaceEnv(spaces.Box(-1, np.linspace(1, 2, 10**5, dtype=np.float32)))), "configuration takes .* characters"),
     ],

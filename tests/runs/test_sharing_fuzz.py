@@ -25,7 +25,7 @@ class Sharing(Target):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         policy_kwargs = dict(net_arch=dict(pi=[8], vf=[8]), denoising_steps=2, horizon=2)
-        DPPO("DiffusionMlpPolicy", "Pendulum-v1", n_steps=2, policy_kwargs=policy_kwargs).save_pretrained(folder)
+        DPPO("DiffusionMlpPolicy", "Pendulum-v1", n_steps=4, policy_kwargs=policy_kwargs).save_pretrained(folder)
         self.config = (folder / "config.json").read_bytes()
         self.weights = (folder / "model.safetensors").read_bytes()
 
