@@ -101,7 +101,7 @@ def test_arguments_and_training_state(tmp_path: Path) -> None:
     model.learn(32)
     model.save_pretrained(tmp_path / "model")
     loaded = DPPO.from_pretrained(tmp_path / "model")
-    assert loaded.learning_rate == "lin_1e-3" and loaded.critic_learning_rate == 2e-3 and loaded.clip_range == "lin_0.2"
+    assert loaded.learning_rate == "lin_1e-3" and loaded.critic_learning_rate == 2e-3 and loaded.clip_range(0.5) == 0.1
     assert loaded.policy.process.scheduler.config.set_alpha_to_one is False
     th.testing.assert_close(loaded.policy.process.table, model.policy.process.table, rtol=0, atol=0)
     assert model.ft_denoising_steps == loaded.ft_denoising_steps == loaded.policy.sampler.ft_denoising_steps == 1  # annealed
@@ -117,7 +117,7 @@ def test_arguments_and_training_state(tmp_path: Path) -> None:
         assert getattr(loaded, name) == getattr(model, name), name
     assert loaded.pretrained_on_demonstrations and loaded._n_updates == model._n_updates
     assert loaded.policy.normalizer.changes_observations
-    assert loaded.policy.sampler.config.min_sampling_std == model.policy.sampler.config.min_sampling_std
+    assert loaded.policy.sampler.config.min_sampling_std == model._sampler_config().min_sampling_std
     for field in ("mean", "var", "count"):
         assert getattr(loaded.reward_scaler.statistics, field) == getattr(model.reward_scaler.statistics, field)
     with pytest.raises(ValueError, match="no env to learn in"):
