@@ -1,5 +1,7 @@
 """Features extractors for images."""
 
+from typing import TypeVar
+
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
@@ -9,6 +11,8 @@ from torch.nn import functional as F
 
 from sb3_dppo.features.observations import parts_of_space
 
+Observations = TypeVar("Observations", th.Tensor, dict[str, th.Tensor])
+
 
 class VitExtractor(BaseFeaturesExtractor):
     """
@@ -17,14 +21,17 @@ class VitExtractor(BaseFeaturesExtractor):
 
     For an image, or a ``Dict`` of images and vectors, which are the proprioception and are appended to the features.
 
+    Any features extractor may have a method ``augment``, like this one: it is called once for each minibatch of the actor's
+    training, and what it returns goes through the actor's extractor and through the base policy's, so that both see the same.
+
     :param observation_space: Observation space, with channels first.
     :param patch_size: Side of a patch in pixels; it must divide the images' sides.
     :param depth: Transformer layers.
     :param width: Size of a patch's embedding.
     :param n_heads: Attention heads.
     :param spatial_dim: Features of an image.
-    :param random_shift: While training, shift images at random by up to this many pixels in each direction, with their border
-        repeated; 0 for none. The paper uses 4.
+    :param random_shift: In :meth:`augment`, shift images at random by up to this many pixels in each direction, with their
+        border repeated; 0 for none. The paper uses 4.
     :param normalized_image: Whether images are already divided by 255, and so are float; see SB3's ``NatureCNN``.
     :raises ValueError: if there is no image, or if its sides are no multiples of ``patch_size``.
     """
@@ -64,6 +71,19 @@ class VitExtractor(BaseFeaturesExtractor):
             # Keys may hold characters that names of modules can't.
             self.encoders[str(index)] = _ImageEncoder(space.shape, n_vector, patch_size, depth, width, n_heads, spatial_dim)
 
+    def augment(self, observations: Observations) -> Observations:
+        """
+        Change observations at random, in a way that should not change what the policy does.
+
+        :param observations: Preprocessed observations, images in [0, 1], shape (B, C, H, W).
+        :return: The same with each image shifted by pixels of its own, if there is a ``random_shift``.
+        """
+        if self.random_shift == 0:
+            return observations
+        if not isinstance(observations, dict):
+            return shift_at_random(observations, self.random_shift)
+        return observations | {key: shift_at_random(observations[key], self.random_shift) for key in self.image_keys}
+
     def forward(self, observations: th.Tensor | dict[str, th.Tensor]) -> th.Tensor:
         """
         :param observations: Preprocessed observations, images in [0, 1], shape (B, C, H, W).
@@ -72,12 +92,7 @@ class VitExtractor(BaseFeaturesExtractor):
         parts = observations if isinstance(observations, dict) else {"": observations}
         first = parts[self.image_keys[0]]
         vectors = th.cat([first.new_empty(len(first), 0), *(parts[key].flatten(1) for key in self.vector_keys)], dim=1)
-        features = []
-        for index, key in enumerate(self.image_keys):
-            image = parts[key]
-            if self.training and self.random_shift > 0:
-                image = shift_at_random(image, self.random_shift)
-            features.append(self.encoders[str(index)](image, vectors))
+        features = [self.encoders[str(index)](parts[key], vectors) for index, key in enumerate(self.image_keys)]
         return th.cat([*features, vectors], dim=1)
 
 

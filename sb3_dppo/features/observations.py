@@ -64,10 +64,14 @@ def stack(observations: list[Any]) -> Any:
 def vector_keys(observation_space: spaces.Space, normalize_images: bool = True) -> dict[str, spaces.Box]:
     """
     :param observation_space: A ``Box``, or a ``Dict`` of spaces.
+    :param normalize_images: See :func:`check_observation_space`.
     :return: The boxes that hold vectors and no images, under the empty key for a ``Box``: what can be normalised by ranges.
     """
-    parts = parts_of_space(observation_space)
-    return {key: space for key, space in parts.items() if isinstance(space, spaces.Box) and not is_image_space(space)}
+    return {
+        key: space
+        for key, space in parts_of_space(observation_space).items()
+        if isinstance(space, spaces.Box) and not is_image_space(space, normalized_image=not normalize_images)
+    }
 
 
 def check_observation_space(
@@ -75,28 +79,40 @@ def check_observation_space(
 ) -> None:
     """
     :param observation_space: Observation space of an env.
-    :param features_extractor_class: The policy's features extractor. One of a user's own is taken as it is.
+    :param features_extractor_class: The policy's features extractor. One of a user's own takes what SB3 can preprocess.
+    :param normalize_images: Whether images are bytes, to be divided by 255; otherwise each ``Box`` of three dimensions is an
+        image, which stays as it is.
     :raises ValueError: if the extractor can't take the space, saying what can be done.
     """
     env_has = f"env has the observation space {observation_space}"
-    if isinstance(observation_space, spaces.Discrete) and observation_space.start != 0:
-        raise ValueError(f"{env_has}, but it must start at 0: shift it in a wrapper.")
-    if isinstance(observation_space, spaces.Tuple):
-        raise ValueError(f"{env_has}: wrap the env in gymnasium.wrappers.FlattenObservation, or make it a Dict.")
+    for key, space in parts_of_space(observation_space).items():
+        part = f"{key!r}" if key else "it"
+        if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+            raise ValueError(
+                f"{env_has}, but {part} is a {type(space).__name__}: wrap the env in gymnasium.wrappers.FlattenObservation, "
+                "or make it a Dict of boxes and discrete spaces."
+            )
+        if np.any(getattr(space, "start", 0) != 0):
+            raise ValueError(f"{env_has}, but {part} must start at 0: shift it in a wrapper, such as TransformObservation.")
+        if isinstance(space, spaces.Box) and space.shape == ():
+            raise ValueError(
+                f"{env_has}, but {part} must have a dimension: make its shape (1,), for instance with "
+                "gymnasium.wrappers.ReshapeObservation(env, (1,))."
+            )
     is_dict = isinstance(observation_space, spaces.Dict)
-    is_image = is_image_space(observation_space)
+    is_image = is_image_space(observation_space, normalized_image=not normalize_images)
     if features_extractor_class is FlattenExtractor:
         if is_dict:
             raise ValueError(
                 f"{env_has}, but this policy takes a flat one: use DiffusionMultiInputPolicy, or wrap the env in "
                 "gymnasium.wrappers.FlattenObservation."
             )
-        if is_image:
+        if is_image_space(observation_space):
             raise ValueError(f"{env_has}, an image, but this policy is for vectors: use DiffusionCnnPolicy.")
     elif features_extractor_class is NatureCNN and not is_image:
         raise ValueError(
-            f"{env_has}, but DiffusionCnnPolicy is for images (uint8, 0 to 255, at least 36 × 36): use "
-            f"{'DiffusionMultiInputPolicy' if is_dict else 'DiffusionMlpPolicy'}."
+            f"{env_has}, but DiffusionCnnPolicy is for images (uint8, 0 to 255, at least 36 × 36; or float, channels first, "
+            f"with normalize_images=False): use {'DiffusionMultiInputPolicy' if is_dict else 'DiffusionMlpPolicy'}."
         )
     elif features_extractor_class is CombinedExtractor and not is_dict:
         raise ValueError(

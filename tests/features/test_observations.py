@@ -1,4 +1,4 @@
-"""Images and dictionaries of observations, and the features extractors for them."""
+"""Images and dictionaries of observations, and the policies for them."""
 
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,12 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 from sb3_dppo import DPPO
-from sb3_dppo.features.extractors import VitExtractor, shift_at_random
+from sb3_dppo.features import VitExtractor
+from sb3_dppo.features.observations import check_observation_space, vector_keys
 
 NETS = dict(pi=[16], vf=[16])
 
@@ -207,30 +209,6 @@ def test_the_encoder_runs_once_per_decision() -> None:
     assert rows[0] == rows[1] == 16
 
 
-def test_random_shift() -> None:
-    images = th.arange(64.0).view(1, 1, 8, 8).repeat(300, 3, 1, 1)
-    shifted = shift_at_random(images, 2)
-    assert shifted.shape == images.shape
-    assert len({tuple(image.flatten().tolist()) for image in shifted}) == 25
-    assert any(th.equal(image, images[0]) for image in shifted)
-    padded = th.nn.functional.pad(images[:1], (2, 2, 2, 2), mode="replicate")[0]
-    windows = {tuple(padded[:, i : i + 8, j : j + 8].flatten().tolist()) for i in range(5) for j in range(5)}
-    assert {tuple(image.flatten().tolist()) for image in shifted} == windows
-
-
-def test_vit_shifts_only_in_training_and_sees_proprioception() -> None:
-    space = spaces.Dict({"cam.0": spaces.Box(0, 255, (3, 16, 16), np.uint8), "q": spaces.Box(-1, 1, (2,))})
-    extractor = VitExtractor(space, random_shift=4)
-    obs = {"cam.0": th.rand(2, 3, 16, 16), "q": th.zeros(2, 2)}
-    assert extractor(obs).shape == (2, extractor.features_dim)
-    extractor.eval()
-    th.testing.assert_close(extractor(obs), extractor(obs))
-    image_part = extractor(obs)[:, :128]
-    assert not th.allclose(extractor(obs | dict(q=th.ones(2, 2)))[:, :128], image_part)
-    extractor.train()
-    assert not th.allclose(extractor(obs), extractor(obs))
-
-
 @pytest.mark.parametrize(
     ("policy", "space", "message"),
     [
@@ -240,6 +218,12 @@ def test_vit_shifts_only_in_training_and_sees_proprioception() -> None:
         ("DiffusionCnnPolicy", spaces.Dict(a=spaces.Box(-1, 1, (2,))), "use DiffusionMultiInputPolicy"),
         ("DiffusionMultiInputPolicy", spaces.Box(-1, 1, (2,)), "use DiffusionMlpPolicy"),
         ("DiffusionMlpPolicy", spaces.Tuple([spaces.Box(-1, 1, (2,))]), "FlattenObservation"),
+        ("DiffusionMlpPolicy", spaces.Discrete(3, start=1), "it must start at 0: shift it in a wrapper"),
+        ("DiffusionMlpPolicy", spaces.MultiDiscrete([3, 3], start=[0, 1]), "it must start at 0"),
+        ("DiffusionMultiInputPolicy", spaces.Dict(a=spaces.Discrete(3, start=1)), "'a' must start at 0: shift it"),
+        ("DiffusionMlpPolicy", spaces.Box(-1, 1, ()), r"it must have a dimension.*ReshapeObservation\(env, \(1,\)\)"),
+        ("DiffusionMultiInputPolicy", spaces.Dict(a=spaces.Box(-1, 1, ())), "'a' must have a dimension"),
+        ("DiffusionCnnPolicy", spaces.Box(0, 1, (3, 40, 40)), "float, channels first, with normalize_images=False"),
     ],
 )
 def test_wrong_policies_are_refused(policy: str, space: spaces.Space, message: str) -> None:
@@ -251,8 +235,43 @@ def test_wrong_policies_are_refused(policy: str, space: spaces.Space, message: s
         make_model(policy, Env())
 
 
-def test_vit_refuses_what_it_cannot_cut() -> None:
-    with pytest.raises(ValueError, match="patch_size=8"):
-        VitExtractor(spaces.Box(0, 255, (3, 20, 20), np.uint8))
-    with pytest.raises(ValueError, match="holds no image"):
-        VitExtractor(spaces.Box(-1, 1, (3,)))
+def test_spaces_that_sb3_cannot_preprocess_are_refused() -> None:
+    for space, message in (
+        (spaces.Dict(a=spaces.Dict(b=spaces.Box(-1, 1, (2,)))), "'a' is a Dict: wrap the env in .*FlattenObservation"),
+        (spaces.Text(3), "it is a Text: wrap"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_observation_space(space, None)
+
+
+FLOAT_IMAGE = spaces.Box(0, 1, (3, 40, 40), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("extractor_class", "space"),
+    [
+        (NatureCNN, FLOAT_IMAGE),
+        (CombinedExtractor, spaces.Dict(image=FLOAT_IMAGE, vector=spaces.Box(-1, 1, (2,)))),
+        (FlattenExtractor, FLOAT_IMAGE),
+    ],
+)
+def test_float_images_are_images_where_they_are_not_divided(extractor_class: Any, space: spaces.Space) -> None:
+    check_observation_space(space, extractor_class, normalize_images=False)
+    assert list(vector_keys(space, normalize_images=False)) == (["vector"] if isinstance(space, spaces.Dict) else [])
+    assert len(vector_keys(space)) == (2 if isinstance(space, spaces.Dict) else 1)
+    images = spaces.Dict(image=spaces.Box(0, 255, (3, 40, 40), np.uint8))
+    assert not vector_keys(images) and not vector_keys(images, normalize_images=False)
+
+
+def test_what_is_said_of_a_box_without_dimensions_helps() -> None:
+    class Env(gym.Env):
+        observation_space = spaces.Box(-1, 1, ())
+        action_space = spaces.Box(-1, 1, (1,))
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
+            return self.observation_space.sample(), {}
+
+        def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+            return self.observation_space.sample(), 0.0, False, False, {}
+
+    make_model("DiffusionMlpPolicy", gym.wrappers.ReshapeObservation(Env(), (1,))).learn(16)
