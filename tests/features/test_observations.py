@@ -177,12 +177,35 @@ def test_dict_observations_can_be_normalised() -> None:
     make_model("DiffusionMultiInputPolicy", env).learn(32)
 
 
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_float_images_train_save_load_and_predict(as_dict: bool, tmp_path: Path) -> None:
+    class FloatImages(gym.ObservationWrapper):
+        """Divides the images by 255."""
+
+        def __init__(self) -> None:
+            super().__init__(PixelPendulum())
+            image = gym.spaces.Box(0, 1, (3, 64, 64), np.float32)
+            self.observation_space = gym.spaces.Dict(image=image) if as_dict else image
+
+        def observation(self, observation: np.ndarray) -> Any:
+            image = np.moveaxis(observation, -1, 0).astype(np.float32) / 255
+            return dict(image=image) if as_dict else image
+
+    policy = "DiffusionMultiInputPolicy" if as_dict else "DiffusionCnnPolicy"
+    model = make_model(policy, FloatImages(), policy_kwargs=dict(normalize_images=False)).learn(16)
+    assert model.policy.normalizer.obs_center.numel() == 0  # images are no vectors
+    model.save(tmp_path / "model")
+    obs = FloatImages().reset(seed=0)[0]
+    loaded = DPPO.load(tmp_path / "model", device="cpu")
+    np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
+
+
 def test_a_dict_policy_learns() -> None:
     model = make_model("DiffusionMultiInputPolicy", DummyVecEnv([VectorDictEnv] * 4), n_steps=32, batch_size=64, n_epochs=5)
     env = DummyVecEnv([VectorDictEnv])
     env.seed(0)
     before, _ = evaluate_policy(model, env, n_eval_episodes=100)
-    model.learn(8000)
+    model.learn(16_000)
     env.seed(0)
     after, _ = evaluate_policy(model, env, n_eval_episodes=100)
     assert after > 0.6 * before, (before, after)  # Returns are negative.

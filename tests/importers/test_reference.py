@@ -2,6 +2,7 @@
 
 import pickle
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from torch import nn
 
 from sb3_dppo import DPPO, import_reference_checkpoint
+from tests.test_conformance import assert_close
 
 SPACES = (spaces.Box(-np.inf, np.inf, (11,)), spaces.Box(-1, 1, (3,)))
 DATA = Path(__file__).parents[1] / "data"
@@ -85,3 +88,136 @@ def test_errors(tmp_path: Path) -> None:
     load(weights(), "normalization=.*can't be read", normalization=tmp_path / "n.npz")
     np.savez(tmp_path / "n.npz", obs_min=np.zeros(4), obs_max=np.ones(4), action_min=np.zeros(3), action_max=np.ones(3))
     load(weights(), "normalization=.*4 observations", normalization=tmp_path / "n.npz")
+
+
+class ReferenceMlp:
+    """The reference's networks in words: what each tensor of a checkpoint does, written down plainly and slowly."""
+
+    def __init__(self, tensors: dict[str, th.Tensor], activation: str, horizon: int) -> None:
+        self.tensors, self.horizon = tensors, horizon
+        self.activation = getattr(nn.functional, activation)
+
+    def linear(self, name: str, x: th.Tensor) -> th.Tensor:
+        return x @ self.tensors[f"{name}.weight"].T + self.tensors[f"{name}.bias"]
+
+    def norm(self, name: str, x: th.Tensor, eps: float) -> th.Tensor:
+        if f"{name}.weight" not in self.tensors:
+            return x
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        return scaled * self.tensors[f"{name}.weight"] + self.tensors[f"{name}.bias"]
+
+    def mlp(self, name: str, x: th.Tensor) -> th.Tensor:
+        if f"{name}.layers.0.weight" in self.tensors:
+            n = max(
+                int(key[len(f"{name}.layers.") :].split(".")[0]) for key in self.tensors if key.startswith(f"{name}.layers.")
+            )
+            x = self.linear(f"{name}.layers.0", x)
+            for i in range(1, n):
+                block = f"{name}.layers.{i}"
+                hidden = self.linear(f"{block}.l1", self.activation(self.norm(f"{block}.norm1", x, 1e-6)))
+                x = x + self.linear(f"{block}.l2", self.activation(self.norm(f"{block}.norm2", hidden, 1e-6)))
+            return self.linear(f"{name}.layers.{n}", x)
+        n = len({key.split(".moduleList.")[1].split(".")[0] for key in self.tensors if key.startswith(f"{name}.moduleList.")})
+        for i in range(n):
+            layer = f"{name}.moduleList.{i}"
+            x = self.linear(f"{layer}.linear_1", x)
+            if i < n - 1:
+                x = self.activation(self.norm(f"{layer}.norm_1", x, 1e-5))
+        return x
+
+    def denoise(self, x: th.Tensor, t: th.Tensor, state: th.Tensor) -> th.Tensor:
+        half = len(self.tensors["time_embedding.1.weight"].T) // 2
+        angles = t[:, None] * th.exp(-np.log(10000) / (half - 1) * th.arange(half))
+        time = th.cat([angles.sin(), angles.cos()], -1)
+        time = self.linear("time_embedding.3", nn.functional.mish(self.linear("time_embedding.1", time)))
+        if any(key.startswith("cond_mlp") for key in self.tensors):
+            state = self.mlp("cond_mlp", state)
+        return self.mlp("mlp_mean", th.cat([x.flatten(1), time, state], -1)).view_as(x)
+
+
+def random_mlp(name: str, sizes: list[int], residual: bool, layer_norm: bool, generator: th.Generator) -> dict[str, th.Tensor]:
+    def layer(key: str, n_in: int, n_out: int) -> dict[str, th.Tensor]:
+        weight = th.randn(n_out, n_in, generator=generator) / n_in**0.5
+        return {f"{name}.{key}.weight": weight, f"{name}.{key}.bias": 0.1 * th.randn(n_out, generator=generator)}
+
+    def norm(key: str, n: int) -> dict[str, th.Tensor]:
+        return {
+            f"{name}.{key}.weight": 1 + 0.1 * th.randn(n, generator=generator),
+            f"{name}.{key}.bias": 0.1 * th.randn(n, generator=generator),
+        }
+
+    tensors: dict[str, th.Tensor] = {}
+    if residual:
+        n_blocks, width = (len(sizes) - 3) // 2, sizes[1]
+        tensors |= layer("layers.0", sizes[0], width)
+        for i in range(1, n_blocks + 1):
+            tensors |= layer(f"layers.{i}.l1", width, width) | layer(f"layers.{i}.l2", width, width)
+            if layer_norm:
+                tensors |= norm(f"layers.{i}.norm1", width) | norm(f"layers.{i}.norm2", width)
+        return tensors | layer(f"layers.{n_blocks + 1}", width, sizes[-1])
+    for i, (n_in, n_out) in enumerate(pairwise(sizes)):
+        tensors |= layer(f"moduleList.{i}.linear_1", n_in, n_out)
+        if layer_norm and i < len(sizes) - 2:
+            tensors |= norm(f"moduleList.{i}.norm_1", n_out)
+    return tensors
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("layer_norm", [True, False])
+@pytest.mark.parametrize("encoder", [None, [24, 8]])
+@pytest.mark.parametrize("n_frames", [1, 3])
+def test_every_mlp_of_the_reference_imports(
+    residual: bool, layer_norm: bool, encoder: list[int] | None, n_frames: int, tmp_path: Path
+) -> None:
+    generator = th.Generator().manual_seed(0)
+    frame, n_actions, horizon, time_dim = 5, 2, 4, 8
+    widths = [32] * 5 if residual else [32, 16]
+    condition = encoder[-1] if encoder else frame * n_frames
+    checkpoint: dict[str, th.Tensor] = {}
+    for actor in ("actor", "actor_ft"):
+        checkpoint |= random_mlp(
+            f"{actor}.mlp_mean",
+            [horizon * n_actions + time_dim + condition, *widths, horizon * n_actions],
+            residual,
+            layer_norm,
+            generator,
+        )
+        if encoder:
+            checkpoint |= random_mlp(f"{actor}.cond_mlp", [frame * n_frames, *encoder], False, False, generator)
+        for i, (n_in, n_out) in ((1, (time_dim, 2 * time_dim)), (3, (2 * time_dim, time_dim))):
+            checkpoint[f"{actor}.time_embedding.{i}.weight"] = th.randn(n_out, n_in, generator=generator) / 4
+            checkpoint[f"{actor}.time_embedding.{i}.bias"] = th.randn(n_out, generator=generator) / 4
+    # A critic of another kind than the actor.
+    checkpoint |= random_mlp("critic.Q1", [frame * n_frames, 16, 16, 16, 1], not residual, not layer_norm, generator)
+    path = tmp_path / "state.pt"
+    th.save({"itr": 3, "model": checkpoint}, path)
+    obs_min = np.array([-2.0, -1, 0, 1, 0.5], dtype=np.float32)
+    obs_max = np.array([2.0, 3, 0.5, 4, 0.5], dtype=np.float32)  # the last one is constant
+    np.savez(tmp_path / "n.npz", obs_min=obs_min, obs_max=obs_max, action_min=[-0.5, -1], action_max=[1.0, 0.8])
+
+    model = import_reference_checkpoint(
+        path,
+        (spaces.Box(-np.inf, np.inf, (frame * n_frames,)), spaces.Box(-1, 1, (n_actions,))),
+        policy_kwargs=dict(horizon=horizon, activation_fn=nn.ReLU, critic_activation_fn=nn.Mish),
+        normalization=tmp_path / "n.npz",
+        ft_denoising_steps=5,
+        device="cpu",
+    )
+    policy = model.policy
+    low, high = np.tile(obs_min, n_frames), np.tile(obs_max, n_frames)
+    obs = th.as_tensor(low + (high - low) * np.random.default_rng(0).random((6, frame * n_frames)), dtype=th.float)
+    normalised = 2 * ((obs - th.as_tensor(low)) / (th.as_tensor(high - low) + 1e-6) - 0.5)
+    x, t = th.randn(6, horizon, n_actions, generator=generator), th.tensor([0, 3, 7, 11, 15, 19])
+    for prefix, denoiser in (("actor.", policy.base_denoiser), ("actor_ft.", policy.denoiser)):
+        tensors = {key.removeprefix(prefix): value for key, value in checkpoint.items() if key.startswith(prefix)}
+        expected = ReferenceMlp(tensors, "relu", horizon).denoise(x, t, normalised)
+        with th.no_grad():
+            ours = denoiser(x, denoiser.embed_timesteps(t), denoiser.encode(policy.extract_features(obs)))
+        assert_close(ours, expected)
+    expected_value = ReferenceMlp(checkpoint, "mish", horizon).mlp("critic.Q1", normalised)
+    with th.no_grad():
+        assert_close(policy.predict_values(obs), expected_value)
+    # Actions: the reference's normalisation, inverted.
+    unnormalised = policy.normalizer.unnormalize_actions(th.full((1, horizon, n_actions), 0.5))
+    np.testing.assert_allclose(unnormalised[0, 0], [-0.5 + 0.75 * 1.5, -1 + 0.75 * 1.8], rtol=1e-5)
