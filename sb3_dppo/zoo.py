@@ -91,10 +91,7 @@ def _with_fixed_hyperparams(objective: Any) -> Any:
 
 @functools.cache
 def _act_steps(manager: Any) -> int:
-    """
-    :param manager: An ``ExperimentManager`` that has read its hyperparameters.
-    :return: ``act_steps`` of the models that it makes, which may follow from policy, ``policy_kwargs`` or ``pretrained``.
-    """
+    """``act_steps`` of the models that it makes, which may follow from policy, ``policy_kwargs`` or ``pretrained``."""
     env = manager.create_envs(1, no_log=True)
     try:
         model = DPPO(env=env, device=manager.device, _init_setup_model=False, **manager._hyperparams)
@@ -148,9 +145,7 @@ def convert_dppo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
 
 
 def scripts() -> list[str]:
-    """
-    :return: The programs among rl_zoo3's modules, such as "train" and "plots.plot_train".
-    """
+    """The programs among rl_zoo3's modules, such as "train" and "plots.plot_train"."""
     spec = find_spec("rl_zoo3")
     assert spec is not None and spec.submodule_search_locations, "rl_zoo3 is not installed"
     folder = Path(spec.submodule_search_locations[0])

@@ -142,9 +142,7 @@ class CudaGraphs:
         return type(self), (self.function,)
 
     def clear(self) -> None:
-        """
-        Forget the graphs, which hold the addresses of the parameters.
-        """
+        """Forget the graphs, which hold the addresses of the parameters."""
         self._graphs.clear()
         self._calls.clear()
 

@@ -30,9 +30,7 @@ class ResidualBlock(nn.Module):
         self.activation2 = activation_fn()
 
     def branch(self) -> tuple[nn.Module, ...]:
-        """
-        :return: The layers beside the skip connection, in order.
-        """
+        """The layers beside the skip connection, in order."""
         return (self.norm1, self.activation1, self.linear1, self.norm2, self.activation2, self.linear2)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
@@ -259,12 +257,7 @@ class MlpDenoiser(Denoiser):
     def _after_first(
         self, layers: Iterable[Callable[[th.Tensor], th.Tensor]], hidden: th.Tensor, modulation: th.Tensor | None
     ) -> th.Tensor:
-        """
-        :param layers: The layers of ``mlp`` after the first, or functions that compute the same.
-        :param hidden: Output of the first, shape (B, width).
-        :param modulation: Scales (less 1) and shifts of some layers' inputs, shape (B, 2 · their widths), if there is FiLM.
-        :return: Output of the last.
-        """
+        """Output of the last."""
         if modulation is None:
             for layer in layers:
                 hidden = layer(hidden)

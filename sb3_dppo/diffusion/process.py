@@ -134,10 +134,7 @@ class DenoisingProcess(nn.Module):
             raise ValueError(f"inference_steps={S} must be between 1 and denoising_steps={K}.")
 
     def _make_table(self, timesteps: th.Tensor) -> th.Tensor:
-        """
-        :param timesteps: The timestep of every position, shape (S,).
-        :return: The ``Coefficients`` of DDPM or DDIM at every position, shape (10, S).
-        """
+        """The ``Coefficients`` of DDPM or DDIM at every position, shape (10, S)."""
         stride = self.denoising_steps // self.inference_steps if self.is_ddim else 1
         previous = timesteps - stride
         alphas = self.scheduler.alphas_cumprod.double()
@@ -160,11 +157,7 @@ class DenoisingProcess(nn.Module):
         )
 
     def _measured_table(self, timesteps: th.Tensor, steps: list[AffineStep]) -> th.Tensor:
-        """
-        :param timesteps: The timestep of every position, shape (S,).
-        :param steps: What another scheduler does there.
-        :return: The same as ``Coefficients``, shape (10, S).
-        """
+        """The same as ``Coefficients``, shape (10, S)."""
         alpha = self.scheduler.alphas_cumprod.double()[timesteps]
         from_sample, from_output, sigma = th.tensor(steps, dtype=th.double).unbind(dim=1)
         # The output acts through the clean sample that it predicts, which can be clamped.
@@ -179,10 +172,7 @@ class DenoisingProcess(nn.Module):
         )
 
     def _x0_and_noise(self, alpha: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
-        """
-        :param alpha: Cumulative product of 1 - β, shape (S,).
-        :return: How the clean sample and the noise follow from the sample and the output, the first four ``Coefficients``.
-        """
+        """How the clean sample and the noise follow from the sample and the output, the first four ``Coefficients``."""
         sqrt_alpha, sqrt_one_minus_alpha = alpha.sqrt(), (1 - alpha).sqrt()
         zero, one = th.zeros_like(alpha), th.ones_like(alpha)
         return {
@@ -192,11 +182,7 @@ class DenoisingProcess(nn.Module):
         }[self.prediction_type]
 
     def _complete_table(self, alpha: th.Tensor, **coefficients: th.Tensor) -> th.Tensor:
-        """
-        :param alpha: Cumulative product of 1 - β, shape (S,).
-        :param coefficients: The ``Coefficients`` that do not follow from it, each of shape (S,).
-        :return: All of them, shape (10, S).
-        """
+        """All of them, shape (10, S)."""
         predictions = self._x0_and_noise(alpha)
         rows = Coefficients(*predictions, sqrt_alpha=alpha.sqrt(), sqrt_one_minus_alpha=(1 - alpha).sqrt(), **coefficients)
         return th.stack(list(rows)).float()
@@ -245,9 +231,7 @@ class DenoisingProcess(nn.Module):
         return _combine(c.mean_from_x0, x0, direction, noise), sigma
 
     def sigmas(self) -> th.Tensor:
-        """
-        :return: The std at every position (no floor applied), for DDIM with η = 1, shape (S,).
-        """
+        """The std at every position (no floor applied), for DDIM with η = 1, shape (S,)."""
         return self.table[-1]
 
     def clip_final(self, sample: th.Tensor) -> th.Tensor:
@@ -276,9 +260,7 @@ class DenoisingProcess(nn.Module):
 
 
 def _combine(a: Any, x: th.Tensor, b: Any, y: th.Tensor) -> th.Tensor:
-    """
-    :return: a·x + b·y, for numbers in as few operations as there are: their calls dominate for small batches.
-    """
+    """a·x + b·y, for numbers in as few operations as there are: their calls dominate for small batches."""
     if not isinstance(b, float):
         return a * x + b * y
     if a == 0.0:

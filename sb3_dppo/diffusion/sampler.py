@@ -230,13 +230,7 @@ class DiffusionSampler:
         n_base_steps: int,
         deterministic: bool,
     ) -> DenoisingChain:
-        """
-        What is left of :meth:`sample` to compile.
-
-        :param step_std: Std of the noise that is added at each position, shape (S, 1, 1, 1) or (S, B, 1, Da).
-        :param log_prob_std: Std of the log-probabilities, shape (K', 1, 1) or (B, K', 1, Da).
-        :param learned_eta: DDIM's η, shape (B, 1, Da), if it is learned.
-        """
+        """What is left of :meth:`sample` to compile."""
         process, noise_clip, first = self.process, self.config.noise_clip, self.n_base_steps
         exploration_eta = self.config.eta if learned_eta is None else learned_eta
         eta = 0.0 if deterministic and process.is_ddim else exploration_eta

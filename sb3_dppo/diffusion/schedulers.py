@@ -15,9 +15,7 @@ PROBE_SHAPE = (4, 8, 8)
 
 
 class AffineStep(NamedTuple):
-    """
-    A reverse step x' = from_sample · x + from_output · output + sigma · noise, of iterates scaled to unit variance.
-    """
+    """A reverse step x' = from_sample · x + from_output · output + sigma · noise, of iterates scaled to unit variance."""
 
     from_sample: float
     from_output: float
@@ -61,11 +59,7 @@ def make_scheduler(scheduler: Any, config: dict[str, Any]) -> Any:
 
 
 def _class_and_options(scheduler: Any) -> tuple[Any, dict[str, Any]]:
-    """
-    :param scheduler: See :func:`make_scheduler`.
-    :return: Its class and the options that were set.
-    :raises ValueError: if there is no such scheduler.
-    """
+    """Its class and the options that were set."""
     # diffusers takes seconds to import: only when a policy is built, not with the package.
     from diffusers import SchedulerMixin, schedulers
 
@@ -89,12 +83,7 @@ def _class_and_options(scheduler: Any) -> tuple[Any, dict[str, Any]]:
 
 @contextmanager
 def _refusing(name: str, situation: str) -> Iterator[None]:
-    """
-    Whatever diffusers raises for what a scheduler can't do becomes a ValueError.
-
-    :param name: Name of the scheduler.
-    :param situation: For what it was tried.
-    """
+    """Whatever diffusers raises for what a scheduler can't do becomes a ValueError."""
     try:
         yield
     except Exception as error:

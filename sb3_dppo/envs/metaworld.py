@@ -76,9 +76,7 @@ class SparseManipulationEnv(gym.Env):
 
 
 def register_manipulation_envs() -> None:
-    """
-    Make Gymnasium know ``MetaWorldSparse/<task>`` for all tasks. An episode is truncated after 200 steps.
-    """
+    """Make Gymnasium know ``MetaWorldSparse/<task>`` for all tasks. An episode is truncated after 200 steps."""
     for task in TASKS:
         gym.register(
             f"MetaWorldSparse/{task}",

@@ -113,10 +113,7 @@ class RunState:
 
 
 def _env_states(model: Any) -> list[Any] | None:
-    """
-    :param model: A model between two rollouts.
-    :return: What each env's ``get_resume_state()`` returns, or ``None``.
-    """
+    """What each env's ``get_resume_state()`` returns, or ``None``."""
     if model.env is None or model._last_obs is None:
         return None
     try:

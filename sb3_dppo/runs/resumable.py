@@ -174,15 +174,11 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
             check_finite("reward", rewards, when)
 
     def describe_env_step(self) -> str:
-        """
-        :return: Which env step is being made, for errors.
-        """
+        """Which env step is being made, for errors."""
         return f"after env step {self.num_timesteps // self.n_envs + 1} (num_timesteps={self.num_timesteps})"
 
     def _describe_interruption(self) -> str:
-        """
-        :return: Where training is, for the one who interrupts it.
-        """
+        """Where training is, for the one who interrupts it."""
         where = f"Training was interrupted after {self.num_timesteps} env steps"
         if self._rollout_start is None:
             return f"{where}, in an update: a model saved now holds a part of it. Checkpoints go on exactly."

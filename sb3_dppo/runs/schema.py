@@ -122,12 +122,7 @@ NORMALIZATION = {
 
 
 def _some_of(hints: Mapping[str, Any], excluded: Collection[str] = (), largest: int = MAX_SIZE) -> Any:
-    """
-    :param hints: Annotations of a constructor's arguments.
-    :param excluded: Which of them may not be given.
-    :param largest: Largest integer.
-    :return: The type of some of the others.
-    """
+    """The type of some of the others."""
     fields = {
         name: SPECIAL[name] if name in SPECIAL else bounded(hint, largest)
         for name, hint in hints.items()

@@ -155,10 +155,7 @@ def _make_config(model: Any) -> dict[str, Any]:
 
 
 def _encode(name: str, value: Any) -> Any:
-    """
-    :return: What stands for an argument in JSON.
-    :raises ValueError: if nothing does.
-    """
+    """What stands for an argument in JSON."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, FloatSchedule):
@@ -271,10 +268,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_weights(path: Path, policy_class: Any, config: dict[str, Any]) -> dict[str, th.Tensor]:
-    """
-    :return: All tensors of the file, of which those of the policy are the ones that it needs.
-    :raises ValueError: if the file is damaged, or if tensors are missing, unknown or of other types or shapes.
-    """
+    """All tensors of the file, of which those of the policy are the ones that it needs."""
     with path.open("rb") as stream:
         start = stream.read(8)
     if len(start) < 8 or int.from_bytes(start, "little") > MAX_JSON_BYTES:
@@ -305,9 +299,7 @@ def _read_weights(path: Path, policy_class: Any, config: dict[str, Any]) -> dict
 
 
 def _make_model(algorithm: Any, config: dict[str, Any], env: VecEnv | None, device: th.device, kwargs: dict[str, Any]) -> Any:
-    """
-    :return: A model of untrained networks, with the file's state of training.
-    """
+    """A model of untrained networks, with the file's state of training."""
     arguments = {name: value for name, value in config["arguments"].items() if name != "compile"} | kwargs
     policy_kwargs, training = config["policy_kwargs"], config["training"]
     model = algorithm(config["policy"], None, device=device, policy_kwargs=policy_kwargs, _init_setup_model=False, **arguments)
@@ -346,10 +338,7 @@ def _check_rollout(model: Any, horizon: int, denoising_steps: int) -> None:
 
 
 def _read_statistics(tensors: dict[str, th.Tensor], settings: dict[str, Any] | None) -> dict[str, RunningMeanStd]:
-    """
-    :return: Of all tensors of the file those that are not the policy's, as "ret_rms" and "obs_rms" or "obs_rms.KEY".
-    :raises ValueError: if they are not of a ``VecNormalize`` with these settings.
-    """
+    """Of all tensors of the file those that are not the policy's, as "ret_rms" and "obs_rms" or "obs_rms.KEY"."""
     found = {name: tensors.pop(name) for name in list(tensors) if name.startswith("vec_normalize.")}
     names = []
     if settings is not None:
@@ -371,10 +360,7 @@ def _read_statistics(tensors: dict[str, th.Tensor], settings: dict[str, Any] | N
 
 
 def _with_statistics(env: VecEnv, settings: dict[str, Any], statistics: dict[str, RunningMeanStd]) -> VecEnv:
-    """
-    :return: The env, with these statistics: in its own ``VecNormalize``, or else in one around it.
-    :raises ValueError: if they are of other observations.
-    """
+    """The env, with these statistics: in its own ``VecNormalize``, or else in one around it."""
     vec_normalize = unwrap_vec_normalize(env)
     if vec_normalize is None:
         # Images are transposed after they were normalised.
