@@ -120,7 +120,7 @@ def check_ranges(model: Any) -> None:
     anneal = model.ft_denoising_anneal
     if anneal is not None and (len(anneal) != 2 or min(anneal) < 1):
         raise ValueError(
-            f"ft_denoising_anneal={anneal} must be two positive numbers: after how many rollouts, each time, by how many steps."
+            f"ft_denoising_anneal={anneal} must be two positive numbers: every how many rollouts, by how many steps."
         )
     low, high = model.advantage_quantiles
     if not 0 <= low < high <= 1:
@@ -161,6 +161,4 @@ def warn_about_training_arguments(model: Any) -> None:
     if vec_normalize is not None and vec_normalize.norm_reward and model.scale_rewards:
         warn("Rewards are scaled twice: use VecNormalize(norm_reward=False) or scale_rewards=False.")
     if vec_normalize is not None and vec_normalize.norm_obs and model.policy.normalizer.changes_observations:
-        warn(
-            "The policy normalises observations itself, with the ranges of its demonstrations: use VecNormalize(norm_obs=False)."
-        )
+        warn("The policy normalises observations itself, with its demonstrations' ranges: use VecNormalize(norm_obs=False).")

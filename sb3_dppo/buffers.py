@@ -56,7 +56,7 @@ class DenoisingRolloutBufferSamples(NamedTuple):
 
 
 class RewardScaler:
-    """Divides rewards of decisions by the running std of the discounted return over decisions, and clips them to ± 10."""
+    """Divides decisions' rewards by the running std of their discounted return, and clips them to ± 10."""
 
     epsilon = 1e-8
     clip = 10.0
@@ -66,7 +66,7 @@ class RewardScaler:
         self.forget_episodes(n_envs)
 
     def forget_episodes(self, n_envs: int) -> None:
-        """Begin new episodes in all of so many envs and keep the statistics."""
+        """Begin new episodes in this number of envs and keep the statistics."""
         self.returns = np.zeros(n_envs)
 
     def scale(self, rewards: np.ndarray) -> np.ndarray:
@@ -88,8 +88,8 @@ class DenoisingRolloutBuffer(RolloutBuffer):
     :param horizon: Tp, actions in a chunk.
     :param act_steps: Ta, actions that are executed of it.
     :param ft_denoising_steps: K', the denoising steps that are kept.
-    :param args: Those of SB3's ``RolloutBuffer``: ``device``, ``gae_lambda``, per decision, ``gamma``, of a decision of
-        ``act_steps`` env steps, and ``n_envs``.
+    :param args: Those of SB3's ``RolloutBuffer``: ``device``, where tensors are kept, ``gae_lambda``, per decision, ``gamma``,
+        of a decision of ``act_steps`` env steps, and ``n_envs``.
     """
 
     observation_space: spaces.Space

@@ -129,9 +129,7 @@ class ChunkPolicy(ActorCriticPolicy):
         """
         self.set_training_mode(False)
         if isinstance(observation, tuple):
-            raise ValueError(
-                "observation is a tuple, probably what a Gymnasium env's reset() returned: pass its first element."
-            )
+            raise ValueError("observation is a tuple, probably that of a Gymnasium env's reset(): pass its first element.")
         obs_tensor, vectorized_env = self.obs_to_tensor(observation)
         queue = ChunkQueue(batch_size_of(obs_tensor), self.sampler.act_steps, self.action_space)
         if state is not None:

@@ -86,7 +86,7 @@ class DPPO(DecisionRollouts):
     :param stats_window_size: Over how many episodes the logged success rate, episode length and reward are averaged
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
     :param policy_kwargs: Arguments of the policy, see :class:`~sb3_dppo.policies.DiffusionActorCriticPolicy`
-    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device used), 2 for debug messages
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as the device), 2 for debug messages
     :param seed: Seed for the pseudo random generators
     :param device: Device (cpu, cuda, ...) on which the code should be run; auto is the GPU if possible
     :param _init_setup_model: Whether or not to build the network at the creation of the instance

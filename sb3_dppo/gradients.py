@@ -48,6 +48,7 @@ def _losses_of_slices(
     train_actor: bool,
     n_slices: int,
 ) -> Iterator[tuple[th.Tensor, Metrics]]:
+    """Their sums, and those of the metrics, are the minibatch's: a graph at a time, each to be freed before the next."""
     n_pairs, n_values = len(samples.decision_index), len(samples.value_index)
     if train_actor:
         for rows in equal_slices(n_pairs, min(n_slices, n_pairs)):
