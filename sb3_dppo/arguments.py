@@ -37,51 +37,35 @@ CHOICES: dict[str, tuple[Any, ...]] = dict(
 
 
 def check_names(function: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """
-    :param function: What was called.
-    :param given: Names of arguments.
-    :param known: Those that it takes.
-    :raises ValueError: for an argument of PPO that has no meaning here, saying why.
-    :raises TypeError: for another that is not known, naming the one that was probably meant.
-    """
+    """ValueError for an argument of PPO that has no meaning here, TypeError for another that ``function`` does not know."""
     for name in set(given) & set(NOT_ARGUMENTS):
         raise ValueError(f"{function} has no argument {name!r}: {NOT_ARGUMENTS[name]}. Leave it out.")
     refuse_unknown(function, given, known)
 
 
 def check_action_space(action_space: spaces.Space) -> None:
-    """
-    :param action_space: Action space of an env.
-    :raises ValueError: if a diffusion policy can't act in it, saying what can be done.
-    """
+    """ValueError if a diffusion policy can't act in it, saying what can be done."""
+    env_has = f"env has the action space {action_space}"
     if not isinstance(action_space, spaces.Box):
         raise ValueError(
-            f"env has the action space {action_space}, but diffusion policies are for continuous actions "
-            "(a gymnasium.spaces.Box): use another algorithm, such as PPO, for discrete ones."
+            f"{env_has}, but diffusion policies are for continuous actions (a gymnasium.spaces.Box): use another algorithm, "
+            "such as PPO, for discrete ones."
         )
     if action_space.dtype is None or action_space.dtype.kind != "f":
-        raise ValueError(
-            f"env has the action space {action_space}, but diffusion policies need one of floating-point numbers."
-        )
+        raise ValueError(f"{env_has}, but diffusion policies need one of floating-point numbers.")
     with np.errstate(over="ignore"):
         finite = np.isfinite(action_space.high.astype(np.float32) - action_space.low.astype(np.float32)).all()
     if not finite:
         raise ValueError(
-            f"env has the action space {action_space} with infinite bounds, but chunks are scaled to the bounds: "
-            "drop gymnasium.wrappers.ClipAction if that is where they come from (actions are clipped to the bounds anyway), "
-            "or wrap the env in gymnasium.wrappers.RescaleAction."
+            f"{env_has} with infinite bounds, but chunks are scaled to the bounds: drop gymnasium.wrappers.ClipAction if they "
+            "come from it (actions are clipped anyway), or wrap the env in gymnasium.wrappers.RescaleAction."
         )
 
 
 def check_training_arguments(model: Any) -> None:
-    """
-    Check what only matters for training: a loaded model may have another number of envs, or never be trained.
-
-    :param model: A DPPO model.
-    :raises ValueError: naming the argument that is out of range or does not fit the others.
-    """
+    """Check what only matters for training: a loaded model may have another number of envs, or never be trained."""
     check_ranges(model)
-    act_steps, n_steps = model.policy.sampler.act_steps, model.policy.sampler.ft_denoising_steps
+    act_steps, K = model.policy.sampler.act_steps, model.policy.sampler.ft_denoising_steps
     if model.n_steps % act_steps != 0:
         raise ValueError(
             f"n_steps={model.n_steps} must be a multiple of act_steps={act_steps}, because all envs plan together every "
@@ -91,26 +75,21 @@ def check_training_arguments(model: Any) -> None:
     if base is not None and base > clip_range(1.0) == clip_range(0.0):
         raise ValueError(f"clip_range_base={base} must not exceed clip_range={clip_range(1.0)}: it is for the noisiest step.")
     if model.normalize_advantage:
-        n_decisions = model.n_envs * model.n_steps // act_steps
-        if n_decisions < 2:
+        if model.n_envs * model.n_steps // act_steps < 2:
             raise ValueError(
                 f"n_steps={model.n_steps} with n_envs={model.n_envs} and act_steps={act_steps} means one decision in a "
                 "rollout, whose advantage can't be normalised: use more, or normalize_advantage=False."
             )
-        smallest = 2 * n_steps if model.shuffle_mode == "decisions" else 2
-        if model.batch_size < smallest:
+        row, least = ("decision", 2 * K) if model.shuffle_mode == "decisions" else ("pair", 2)
+        if model.batch_size < least:
             raise ValueError(
-                f"batch_size={model.batch_size} means minibatches of one "
-                f"{'decision' if model.shuffle_mode == 'decisions' else 'pair'}, whose advantage can't be normalised: use "
-                f"at least {smallest}, or normalize_advantage=False."
+                f"batch_size={model.batch_size} means minibatches of one {row}, whose advantage can't be normalised: use "
+                f"at least {least}, or normalize_advantage=False."
             )
 
 
 def check_ranges(model: Any) -> None:
-    """
-    :param model: A DPPO model, which may have no policy yet.
-    :raises ValueError: naming the argument that is out of range.
-    """
+    """Check what needs no policy. A ValueError names the argument that is out of range."""
     for names, fits, rule in (
         (AT_LEAST_ONE, lambda x: x >= 1 and not isinstance(x, float), "at least 1, a whole number"),
         (NOT_NEGATIVE, lambda x: x >= 0, "at least 0"),
@@ -123,44 +102,37 @@ def check_ranges(model: Any) -> None:
             value = getattr(model, name)
             if value is None and name in OPTIONAL:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-                raise ValueError(f"{name}={value!r} must be a number{', or None' if name in OPTIONAL else ''}.")
-            if not fits(value):
-                raise ValueError(f"{name}={value!r} must be {rule}{', or None' if name in OPTIONAL else ''}.")
+            is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+            if not (is_number and fits(value)):
+                or_none = ", or None" if name in OPTIONAL else ""
+                raise ValueError(f"{name}={value!r} must be {rule if is_number else 'a number'}{or_none}.")
     for name in SCHEDULES:
         value = getattr(model, name)
         if value is None and name in OPTIONAL:
             continue
         schedule, positive = make_schedule(name, value), name == "clip_range_vf"
         if not schedule(1.0) >= 0 or (positive and schedule(1.0) == 0):
-            raise ValueError(
-                f"{name}={value!r} must {'be positive, or None for no clipping' if positive else 'not be negative'}."
-            )
+            rule = "be positive, or None for no clipping" if positive else "not be negative"
+            raise ValueError(f"{name}={value!r} must {rule}.")
     for name, choices in CHOICES.items():
         if getattr(model, name) not in choices:
             raise ValueError(f"{name}={getattr(model, name)!r} is unknown: choose one of {list(choices)}.")
-    if model.ft_denoising_anneal is not None and (len(model.ft_denoising_anneal) != 2 or min(model.ft_denoising_anneal) < 1):
+    anneal = model.ft_denoising_anneal
+    if anneal is not None and (len(anneal) != 2 or min(anneal) < 1):
         raise ValueError(
-            f"ft_denoising_anneal={model.ft_denoising_anneal} must be two positive numbers: after how many rollouts, each "
-            "time, and by how many steps ft_denoising_steps decreases."
+            f"ft_denoising_anneal={anneal} must be two positive numbers: every how many rollouts, by how many steps."
         )
     low, high = model.advantage_quantiles
     if not 0 <= low < high <= 1:
         raise ValueError(f"advantage_quantiles={model.advantage_quantiles} must be two numbers with 0 <= low < high <= 1.")
     buffer_class = model.rollout_buffer_class
     if buffer_class is not None and not issubclass(buffer_class, DenoisingRolloutBuffer):
-        raise ValueError(
-            f"rollout_buffer_class={buffer_class.__name__} keeps no denoising chains: derive it from "
-            "sb3_dppo.buffers.DenoisingRolloutBuffer."
-        )
+        name = buffer_class.__name__
+        raise ValueError(f"rollout_buffer_class={name} keeps no denoising chains: derive it from DenoisingRolloutBuffer.")
 
 
 def warn_about_training_arguments(model: Any) -> None:
-    """
-    Warn of settings that work but are probably not meant.
-
-    :param model: A DPPO model.
-    """
+    """Warn of settings that work but are probably not meant."""
 
     def warn(message: str) -> None:
         warnings.warn(message, stacklevel=4)
@@ -177,8 +149,7 @@ def warn_about_training_arguments(model: Any) -> None:
         if sampler.n_base_steps > 0:
             warn(
                 f"ft_denoising_steps={sampler.ft_denoising_steps}: the first {sampler.n_base_steps} denoising steps run the "
-                "base denoiser, which was never trained on demonstrations and is not trained now. Pre-train it (BC), or leave "
-                "ft_denoising_steps=None."
+                "base denoiser, which was never trained. Pre-train it (BC), or leave ft_denoising_steps=None."
             )
         for name in ("kl_coef", "bc_coef"):
             if getattr(model, name) > 0:
@@ -188,12 +159,6 @@ def warn_about_training_arguments(model: Any) -> None:
                 )
     vec_normalize = model.get_vec_normalize_env()
     if vec_normalize is not None and vec_normalize.norm_reward and model.scale_rewards:
-        warn(
-            "Rewards are scaled twice, by VecNormalize and by scale_rewards=True: "
-            "use VecNormalize(norm_reward=False) or scale_rewards=False."
-        )
+        warn("Rewards are scaled twice: use VecNormalize(norm_reward=False) or scale_rewards=False.")
     if vec_normalize is not None and vec_normalize.norm_obs and model.policy.normalizer.changes_observations:
-        warn(
-            "VecNormalize changes the observations of a policy that normalises them itself, with the ranges of its "
-            "demonstrations: use VecNormalize(norm_obs=False)."
-        )
+        warn("The policy normalises observations itself, with its demonstrations' ranges: use VecNormalize(norm_obs=False).")

@@ -50,20 +50,13 @@ class DenoisingRolloutBufferSamples(NamedTuple):
     bc_index: th.Tensor | None = None
 
     def pairs(self, rows: slice) -> "DenoisingRolloutBufferSamples":
-        """
-        :param rows: Which pairs.
-        :return: A part of the minibatch, without a copy.
-        """
+        """The minibatch with these pairs only, without a copy."""
         names = ("decision_index", "denoising_index", "chain_prev", "chain_next", "old_log_prob")
         return self._replace(**{name: getattr(self, name)[rows] for name in names})
 
 
 class RewardScaler:
-    """
-    Divides rewards of decisions by the running std of the discounted return over decisions.
-
-    :param n_envs: Number of envs; more may come with :meth:`forget_episodes`.
-    """
+    """Divides decisions' rewards by the running std of their discounted return, and clips them to ± 10."""
 
     epsilon = 1e-8
     clip = 10.0
@@ -73,18 +66,11 @@ class RewardScaler:
         self.forget_episodes(n_envs)
 
     def forget_episodes(self, n_envs: int) -> None:
-        """
-        Begin new episodes in all envs and keep the statistics.
-
-        :param n_envs: Number of envs.
-        """
+        """Begin new episodes in this number of envs and keep the statistics."""
         self.returns = np.zeros(n_envs)
 
     def scale(self, rewards: np.ndarray) -> np.ndarray:
-        """
-        :param rewards: Rewards.
-        :return: Scaled rewards, clipped to ± 10.
-        """
+        """The rewards, scaled."""
         return np.clip(rewards / np.sqrt(self.statistics.var + self.epsilon), -self.clip, self.clip)
 
 
@@ -102,8 +88,8 @@ class DenoisingRolloutBuffer(RolloutBuffer):
     :param horizon: Tp, actions in a chunk.
     :param act_steps: Ta, actions that are executed of it.
     :param ft_denoising_steps: K', the denoising steps that are kept.
-    :param args: The others are those of SB3's ``RolloutBuffer``: ``device``, where observations, chains and log-probabilities
-        are kept, ``gae_lambda``, per decision, ``gamma``, of a decision of ``act_steps`` env steps, and ``n_envs``.
+    :param args: Those of SB3's ``RolloutBuffer``: ``device``, where tensors are kept, ``gae_lambda``, per decision, ``gamma``,
+        of a decision of ``act_steps`` env steps, and ``n_envs``.
     """
 
     observation_space: spaces.Space
@@ -182,13 +168,8 @@ class DenoisingRolloutBuffer(RolloutBuffer):
         self, env_index: np.ndarray, obs: PyTorchObs, chain: th.Tensor, log_prob: th.Tensor, values: th.Tensor
     ) -> None:
         """
-        Add a decision for each of some envs.
-
-        :param env_index: Which envs, shape (B,), each at most once.
-        :param obs: What they observed, shape (B, ...).
-        :param chain: Denoising chains, shape (B, K'+1, Tp, Da).
-        :param log_prob: Elementwise log-densities, shape (B, K', Tp, Da).
-        :param values: Values of the observations, shape (B, 1).
+        Add a decision for each of some envs: ``env_index`` (B,), each at most once, what they observed (B, ...), denoising
+        chains (B, K'+1, Tp, Da), elementwise log-densities (B, K', Tp, Da) and values of the observations (B, 1).
         """
         rows = slice(self.pos, self.pos + len(env_index))
         if rows.stop > self.capacity:
@@ -206,21 +187,15 @@ class DenoisingRolloutBuffer(RolloutBuffer):
         self.pos = rows.stop
 
     def add_rewards(self, rewards: np.ndarray) -> None:
-        """
-        Add the outcome of one env step, in every env, to the decisions that it belongs to.
-
-        :param rewards: Rewards, shape (n_envs,).
-        """
+        """Add the rewards of one env step in every env, shape (n_envs,), to the decisions that they belong to."""
         # A SubprocVecEnv's are float64, a DummyVecEnv's float32: the same, so that both give the same run.
         self.rewards[self.last_decision] += rewards.astype(np.float32)
         self.n_executed[self.last_decision] += 1
 
     def end_episodes(self, env_index: np.ndarray, bootstrap_values: np.ndarray) -> None:
         """
-        Mark that the episodes of some envs have ended.
-
-        :param env_index: Which envs, shape (B,).
-        :param bootstrap_values: Value of the last observation if the episode was truncated, 0 if it terminated, shape (B,).
+        Mark that the episodes of some envs, shape (B,), have ended. ``bootstrap_values``, shape (B,), are those of the last
+        observations where an episode was truncated, and 0 where it terminated.
         """
         rows = self.last_decision[env_index]
         self.episode_end[rows] = True
@@ -233,11 +208,7 @@ class DenoisingRolloutBuffer(RolloutBuffer):
         return self.gamma ** (self.n_executed[: self.pos] / self.act_steps)
 
     def scale_rewards(self, scaler: RewardScaler) -> None:
-        """
-        Update the scaler with this rollout, then scale its rewards.
-
-        :param scaler: Running statistics, and returns so far of the envs' episodes.
-        """
+        """Update the scaler, which knows the returns so far of the envs' episodes, with this rollout; scale its rewards."""
         discounts, discounted = self.discounts(), np.zeros(self.pos)
         for rows in self.rounds:
             envs = self.env_index[rows]
@@ -250,8 +221,7 @@ class DenoisingRolloutBuffer(RolloutBuffer):
     def compute_returns_and_advantage(self, last_values: th.Tensor) -> None:  # type: ignore[override]
         """
         Generalised advantage estimation over decisions (Schulman et al. 2016), never across the end of an episode.
-
-        :param last_values: Values of the observations after the last env step, shape (n_envs, 1).
+        ``last_values`` are those of the observations after the last env step, shape (n_envs, 1).
         """
         values, discounts = self.old_values[: self.pos].cpu().numpy().astype(np.float64), self.discounts()
         next_values = last_values.cpu().numpy().astype(np.float64).flatten()
@@ -277,9 +247,7 @@ class DenoisingRolloutBuffer(RolloutBuffer):
         One epoch: each (decision, denoising index) pair and each decision of the critic once, in random order.
 
         :param batch_size: Pairs in a minibatch, about: an epoch is split into nearly equal ones. ``None`` means all pairs.
-        :param shuffle: "pairs" draws them from all decisions and denoising steps, "decisions" takes all pairs of a decision
-            together, one after the other.
-        :return: Minibatches.
+        :param shuffle: "pairs" draws them from all decisions and steps, "decisions" keeps those of a decision together.
         """
         D, K = self.pos, self.ft_denoising_steps
         n_batches = 1 if batch_size is None else max(1, round(D * K / batch_size))
@@ -298,7 +266,8 @@ class DenoisingRolloutBuffer(RolloutBuffer):
         """A minibatch of pairs, numbered decision by decision, shape (N,), and the critic's decisions, shape (V,)."""
         decision_index = batch_inds // self.ft_denoising_steps
         denoising_index = batch_inds % self.ft_denoising_steps
-        old_log_probs = self.log_probs[decision_index, denoising_index]
+        # Clamped and averaged over action dimensions already, over executed actions only here.
+        old_log_prob = self.log_probs[decision_index, denoising_index, :, None]
         return DenoisingRolloutBufferSamples(
             observations=take(self.observations, slice(self.pos)),
             returns=self.returns,
@@ -309,18 +278,12 @@ class DenoisingRolloutBuffer(RolloutBuffer):
             denoising_index=denoising_index,
             chain_prev=self.chains[decision_index, denoising_index],
             chain_next=self.chains[decision_index, denoising_index + 1],
-            # Clamped and averaged over action dimensions already, over executed actions only here.
-            old_log_prob=mean_log_prob(old_log_probs[..., None], self.executed[decision_index]),
+            old_log_prob=mean_log_prob(old_log_prob, self.executed[decision_index]),
             value_index=value_index,
         )
 
 
 def equal_slices(n: int, n_slices: int, group: int = 1) -> list[slice]:
-    """
-    :param n: How much to split.
-    :param n_slices: Into how many nearly equal slices.
-    :param group: How many entries stay together.
-    :return: The slices.
-    """
+    """``n`` rows in ``n_slices`` nearly equal slices that keep ``group`` of them together."""
     bounds = [group * (i * (n // group) // n_slices) for i in range(n_slices + 1)]
     return [slice(*bound) for bound in pairwise(bounds)]

@@ -43,10 +43,7 @@ class ChunkQueue:
         return self.chunks, self.n_executed
 
     def restore(self, state: ChunkState) -> None:
-        """
-        :param state: The state of another queue, which is not changed by this one.
-        :raises ValueError: if it is of another number of envs.
-        """
+        """Go on from the state of another queue, which is not changed by this one; ValueError for another number of envs."""
         chunks, n_executed = state
         if len(chunks) != len(self):
             raise ValueError(f"state is of {len(chunks)} envs, but observation of {len(self)}: pass state=None to start anew.")
@@ -59,10 +56,8 @@ class ChunkQueue:
 
     def put(self, envs: np.ndarray, chunks: np.ndarray) -> None:
         """
-        Replace what is left for some envs by new chunks.
-
-        :param envs: Which envs, a mask of shape (n_envs,).
-        :param chunks: A chunk for each of them, shape (B, Tp, *action_space.shape), of which the first Ta actions are kept.
+        Replace what is left for some envs, a mask of shape (n_envs,), by the first Ta actions of new chunks, shape (B, Tp,
+        *action_space.shape).
         """
         self.chunks[envs] = chunks[:, : self.chunks.shape[1]]
         self.n_executed[envs] = 0
@@ -84,9 +79,7 @@ class ChunkPolicy(ActorCriticPolicy):
     def sample_chain(
         self, obs: PyTorchObs, deterministic: bool = False, noise: th.Tensor | None = None, use_base: bool = False
     ) -> DenoisingChain:
-        """
-        See :meth:`~sb3_dppo.policies.DiffusionActorCriticPolicy.sample_chain`.
-        """
+        """See :meth:`~sb3_dppo.policies.DiffusionActorCriticPolicy.sample_chain`."""
 
     def seed(self, seed: int) -> None:
         """Seed the generator that :meth:`predict` draws from."""
@@ -101,13 +94,7 @@ class ChunkPolicy(ActorCriticPolicy):
         return self._generator
 
     def plan(self, obs: PyTorchObs, deterministic: bool = False) -> np.ndarray:
-        """
-        Sample chunks for acting, from the policy's own generator.
-
-        :param obs: Observations, shape (B, ...).
-        :param deterministic: Whether to act deterministically; see ``deterministic_noise``.
-        :return: Actions for the env, shape (B, Tp, *action_space.shape).
-        """
+        """Chunks for acting, from the policy's own generator: actions of the env, shape (B, Tp, *action_space.shape)."""
         kind = self.sampler.config.deterministic_noise
         if not deterministic or kind == "random":
             noise = self.sampler.draw_noise(batch_size_of(obs), self.generator)
@@ -142,10 +129,7 @@ class ChunkPolicy(ActorCriticPolicy):
         """
         self.set_training_mode(False)
         if isinstance(observation, tuple):
-            raise ValueError(
-                "observation is a tuple, probably what a Gymnasium env's reset() returned: pass its first element, "
-                "or use the VecEnv API, whose reset() returns observations only."
-            )
+            raise ValueError("observation is a tuple, probably that of a Gymnasium env's reset(): pass its first element.")
         obs_tensor, vectorized_env = self.obs_to_tensor(observation)
         queue = ChunkQueue(batch_size_of(obs_tensor), self.sampler.act_steps, self.action_space)
         if state is not None:
@@ -159,34 +143,19 @@ class ChunkPolicy(ActorCriticPolicy):
         return actions if vectorized_env else actions[0], queue.state
 
     def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        """
-        Not defined for a diffusion policy.
-
-        :raises NotImplementedError: always.
-        """
+        """Not defined for a diffusion policy: always a NotImplementedError."""
         raise NotImplementedError(
-            "A diffusion policy has no closed-form probability of an action, only of its denoising steps: "
-            "use sample_chain(obs) and chain_log_prob(obs, chain). Algorithms that need the former, such as imitation's BC "
-            "and GAIL, can't train it: use sb3_dppo.BC."
+            "A diffusion policy has no closed-form probability of an action, only of its denoising steps: use sample_chain "
+            "and chain_log_prob(obs, chain). What needs the former, as imitation's BC, can't train it: use sb3_dppo.BC."
         )
 
     def get_distribution(self, obs: PyTorchObs) -> Any:
-        """
-        Not defined for a diffusion policy.
-
-        :raises NotImplementedError: always.
-        """
-        raise NotImplementedError(
-            "The action distribution of a diffusion policy has no closed form: use sample_chain(obs) to draw from it."
-        )
+        """Not defined for a diffusion policy: always a NotImplementedError."""
+        raise NotImplementedError("A diffusion policy's distribution has no closed form: draw from it with sample_chain(obs).")
 
 
 def noise_of_observations(obs: PyTorchObs, shape: tuple[int, ...]) -> np.ndarray:
-    """
-    :param obs: Observations, shape (B, ...).
-    :param shape: Shape of the noise, (S+1, B, Tp, Da).
-    :return: Standard normal noise that depends on nothing but each observation.
-    """
+    """Standard normal noise of the shape (S+1, B, Tp, Da) that depends on nothing but each of B observations."""
     arrays = [part.cpu().numpy() for part in parts_of(obs)]
     noise = np.empty(shape, dtype=np.float32)
     for row in range(shape[1]):

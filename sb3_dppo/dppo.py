@@ -12,35 +12,13 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import explained_variance, update_learning_rate
 
-from sb3_dppo.arguments import (
-    SAMPLER_ARGUMENTS,
-    check_action_space,
-    check_names,
-    check_ranges,
-    check_training_arguments,
-    warn_about_training_arguments,
-)
+from sb3_dppo import arguments
 from sb3_dppo.buffers import DenoisingRolloutBuffer, DenoisingRolloutBufferSamples, RewardScaler
 from sb3_dppo.diffusion.acceleration import CPU_SLICE_SIZE, keep_freed_memory
 from sb3_dppo.features.observations import check_observation_space
 from sb3_dppo.gradients import check_update, compute_gradients, gradient_step
-from sb3_dppo.losses import (
-    LossSettings,
-    Metrics,
-    actor_loss,
-    behaviour_cloning_loss,
-    clip_ranges,
-    pair_advantages,
-    value_loss,
-)
-from sb3_dppo.policies import (
-    DiffusionActorCriticPolicy,
-    DiffusionCnnPolicy,
-    DiffusionMlpPolicy,
-    DiffusionMultiInputPolicy,
-    DiffusionTransformerPolicy,
-    DiffusionUnetPolicy,
-)
+from sb3_dppo.losses import LossSettings, Metrics, actor_loss, behaviour_cloning_loss, clip_ranges, pair_advantages, value_loss
+from sb3_dppo.policies import POLICIES, DiffusionActorCriticPolicy
 from sb3_dppo.rollouts import DecisionRollouts
 from sb3_dppo.runs.pretrained import read_pretrained
 from sb3_dppo.schedules import make_schedule
@@ -67,19 +45,16 @@ class DPPO(DecisionRollouts):
     :param env: The environment to learn from (if registered in Gym, can be str)
     :param learning_rate: Learning rate of the actor, a schedule
     :param critic_learning_rate: Learning rate of the critic, a schedule
-    :param lr_decay: What both learning rates are multiplied by on the way to the end: "constant" for 1, "linear" or "cosine"
-        for a factor that goes to zero
+    :param lr_decay: "constant", or along which curve a factor of both learning rates goes to zero: "linear" or "cosine"
     :param lr_warmup: Fraction of training in which they first rise linearly from zero
     :param n_steps: Env steps per env and rollout, a multiple of ``act_steps``
     :param batch_size: (decision, denoising step) pairs in a minibatch, about: an epoch is split into nearly equal ones
     :param n_epochs: Number of epochs when optimising the surrogate loss
-    :param gamma: Discount factor of a decision that lasts ``act_steps`` env steps; of a shorter one,
-        γ^(its length / act_steps)
+    :param gamma: Discount factor of a decision of ``act_steps`` env steps; of a shorter one, γ^(its length / act_steps)
     :param gamma_denoising: Discount of the advantage per denoising step that is still to come
     :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator, per decision
-    :param clip_range: Clipping parameter at the last denoising step, a schedule.
-        Log-probabilities are averaged over action dimensions, so ratios stay closer to 1 than in PPO; a clip fraction of
-        0.1 to 0.2 is worth aiming at.
+    :param clip_range: Clipping parameter at the last denoising step, a schedule. Log-probabilities are averaged over action
+        dimensions, so ratios stay closer to 1 than in PPO; a clip fraction of 0.1 to 0.2 is worth aiming at.
     :param clip_range_base: Clipping parameter at the noisiest fine-tuned step; ``None`` means ``clip_range`` at every step
     :param clip_range_rate: How sharply the clipping parameter grows between them, exponentially; 0 is linear
     :param clip_range_vf: Clipping parameter for the value function, a schedule or ``None``. It depends on the reward scaling.
@@ -108,29 +83,19 @@ class DPPO(DecisionRollouts):
     :param pretrained: Path of a saved model whose policy to start from. Its ``policy_kwargs`` replace those given here.
     :param rollout_buffer_class: Rollout buffer class to use. ``None`` means ``DenoisingRolloutBuffer``.
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
-    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
-        the reported success rate, mean episode length, and mean reward over
+    :param stats_window_size: Over how many episodes the logged success rate, episode length and reward are averaged
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
-    :param policy_kwargs: additional arguments to be passed to the policy on creation, see
-        :class:`~sb3_dppo.policies.DiffusionActorCriticPolicy`
-    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
-        debug messages
+    :param policy_kwargs: Arguments of the policy, see :class:`~sb3_dppo.policies.DiffusionActorCriticPolicy`
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as the device), 2 for debug messages
     :param seed: Seed for the pseudo random generators
-    :param device: Device (cpu, cuda, ...) on which the code should be run.
-        Setting it to auto, the code will be run on the GPU if possible.
+    :param device: Device (cpu, cuda, ...) on which the code should be run; auto is the GPU if possible
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :param unknown: Nothing: arguments of other algorithms are refused with a reason
     :raises ValueError: naming the argument, for settings or an env that don't fit
     :raises TypeError: for an argument that does not exist
     """
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "DiffusionMlpPolicy": DiffusionMlpPolicy,
-        "DiffusionCnnPolicy": DiffusionCnnPolicy,
-        "DiffusionMultiInputPolicy": DiffusionMultiInputPolicy,
-        "DiffusionUnetPolicy": DiffusionUnetPolicy,
-        "DiffusionTransformerPolicy": DiffusionTransformerPolicy,
-    }
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICIES
     policy: DiffusionActorCriticPolicy
     rollout_buffer: DenoisingRolloutBuffer  # type: ignore[assignment]
 
@@ -193,10 +158,10 @@ class DPPO(DecisionRollouts):
         _init_setup_model: bool = True,
         **unknown: Any,
     ) -> None:
-        check_names(f"{type(self).__name__}()", unknown, inspect.signature(DPPO.__init__).parameters)
+        arguments.check_names(f"{type(self).__name__}()", unknown, inspect.signature(DPPO.__init__).parameters)
         if env is not None:
             env = maybe_make_env(env, verbose)
-            check_action_space(env.action_space)
+            arguments.check_action_space(env.action_space)
             if isinstance(env.observation_space, spaces.Tuple):
                 check_observation_space(env.observation_space, None)
         if not isinstance(policy, str) and not issubclass(policy, DiffusionActorCriticPolicy):
@@ -269,10 +234,10 @@ class DPPO(DecisionRollouts):
         self._init_run()
 
         params = None if pretrained is None else read_pretrained(self, pretrained)
-        check_ranges(self)
+        arguments.check_ranges(self)
         if _init_setup_model:
             self._setup_model()
-            check_training_arguments(self)
+            arguments.check_training_arguments(self)
             if params is not None:
                 self.policy.load_state_dict(params)
 
@@ -291,7 +256,7 @@ class DPPO(DecisionRollouts):
         self.set_random_seed(self.seed)
         if self.device.type == "cpu":
             keep_freed_memory()
-        for name in set(SAMPLER_ARGUMENTS) & set(self.policy_kwargs):
+        for name in set(arguments.SAMPLER_ARGUMENTS) & set(self.policy_kwargs):
             raise ValueError(
                 f"policy_kwargs[{name!r}]: {name} is an argument of DPPO itself: pass {name}={self.policy_kwargs[name]!r}."
             )
@@ -301,8 +266,8 @@ class DPPO(DecisionRollouts):
         self._make_rollout_buffer()
 
     def _check_before_learning(self) -> None:
-        check_training_arguments(self)
-        warn_about_training_arguments(self)
+        arguments.check_training_arguments(self)
+        arguments.warn_about_training_arguments(self)
 
     @property
     def shuffle_mode(self) -> str:
@@ -380,21 +345,14 @@ class DPPO(DecisionRollouts):
                 yield samples
 
     def _advantages(self, samples: DenoisingRolloutBufferSamples) -> th.Tensor:
-        return pair_advantages(
-            samples,
-            self.policy.sampler.ft_denoising_steps,
-            self.gamma_denoising,
-            self.normalize_advantage,
-            self.advantage_quantiles,
-        )
+        K, quantiles = self.policy.sampler.ft_denoising_steps, self.advantage_quantiles
+        return pair_advantages(samples, K, self.gamma_denoising, self.normalize_advantage, quantiles)
 
     def _loss_settings(self) -> LossSettings:
         """What the losses depend on now."""
-        progress, vf = self._current_progress_remaining, self.clip_range_vf
+        progress, K, vf = self._current_progress_remaining, self.policy.sampler.ft_denoising_steps, self.clip_range_vf
         clip_range = make_schedule("clip_range", self.clip_range)(progress)
-        ranges = clip_ranges(
-            self.policy.sampler.ft_denoising_steps, clip_range, self.clip_range_base, self.clip_range_rate, self.device
-        )
+        ranges = clip_ranges(K, clip_range, self.clip_range_base, self.clip_range_rate, self.device)
         clip_range_vf = None if vf is None else make_schedule("clip_range_vf", vf)(progress)
         return LossSettings(ranges, clip_range_vf, self.vf_coef, self.ent_coef, self.bc_coef, self.kl_coef)
 
@@ -403,9 +361,9 @@ class DPPO(DecisionRollouts):
         if self._lr_arguments != (self.learning_rate, self.lr_decay, self.lr_warmup):
             self._setup_lr_schedule()
         progress, shape = self._current_progress_remaining, (self.lr_decay, self.lr_warmup)
-        others = {name: getattr(self, name) for name in ("critic_learning_rate", "eta_learning_rate")}
         return dict(learning_rate=self.lr_schedule(progress)) | {
-            name: make_schedule(name, value, *shape)(progress) for name, value in others.items()
+            name: make_schedule(name, getattr(self, name), *shape)(progress)
+            for name in ("critic_learning_rate", "eta_learning_rate")
         }
 
     def _anneal(self, n_steps: int) -> None:
@@ -437,8 +395,6 @@ class DPPO(DecisionRollouts):
         if settings.clip_range_vf is not None:
             self.logger.record("train/clip_range_vf", settings.clip_range_vf)
         self.logger.record("train/min_sampling_std", self.policy.sampler.config.min_sampling_std)
-
-    # ------------------------------------------------------------------ saving
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer", "policy.critic_optimizer", "policy.eta_optimizer"], []

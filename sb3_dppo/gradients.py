@@ -2,15 +2,12 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from itertools import chain
 
 import torch as th
 
 from sb3_dppo.buffers import DenoisingRolloutBufferSamples, equal_slices
 from sb3_dppo.losses import LossSettings, Metrics, actor_loss, behaviour_cloning_loss, value_loss
 from sb3_dppo.policies import DiffusionActorCriticPolicy
-
-Losses = Iterator[tuple[th.Tensor, Metrics]]
 
 
 def compute_gradients(
@@ -35,40 +32,33 @@ def compute_gradients(
     """
     for optimizer in policy.optimizers:
         optimizer.zero_grad()
-    losses = chain(
-        _actor_losses(policy, samples, advantages, settings, n_slices) if train_actor else (),
-        _critic_losses(policy, samples, settings, n_slices),
-    )
     metrics: Metrics = {}
-    for loss, part_metrics in losses:
+    for loss, part_metrics in _losses_of_slices(policy, samples, advantages, settings, train_actor, n_slices):
         loss.backward()
         for name, value in {"loss": loss.detach(), **part_metrics}.items():
             metrics[name] = metrics[name] + value if name in metrics else value
     return metrics
 
 
-def _actor_losses(
+def _losses_of_slices(
     policy: DiffusionActorCriticPolicy,
     samples: DenoisingRolloutBufferSamples,
     advantages: th.Tensor,
     settings: LossSettings,
+    train_actor: bool,
     n_slices: int,
-) -> Losses:
-    n_pairs = len(samples.decision_index)
-    for rows in equal_slices(n_pairs, min(n_slices, n_pairs)):
-        yield actor_loss(policy, samples.pairs(rows), advantages[rows], settings, n_pairs)
-    if samples.bc_noise is not None and samples.bc_index is not None:
+) -> Iterator[tuple[th.Tensor, Metrics]]:
+    """Their sums, and those of the metrics, are the minibatch's: a graph at a time, each to be freed before the next."""
+    n_pairs, n_values = len(samples.decision_index), len(samples.value_index)
+    if train_actor:
+        for rows in equal_slices(n_pairs, min(n_slices, n_pairs)):
+            yield actor_loss(policy, samples.pairs(rows), advantages[rows], settings, n_pairs)
+    if train_actor and samples.bc_noise is not None and samples.bc_index is not None:
         n_chains = len(samples.bc_index)
         for rows in equal_slices(n_chains, min(n_slices, n_chains)):
             part = samples._replace(bc_noise=samples.bc_noise[:, rows], bc_index=samples.bc_index[rows])
             bc_loss = behaviour_cloning_loss(policy, part, n_chains)
             yield settings.bc_coef * bc_loss, dict(bc_loss=bc_loss.detach())
-
-
-def _critic_losses(
-    policy: DiffusionActorCriticPolicy, samples: DenoisingRolloutBufferSamples, settings: LossSettings, n_slices: int
-) -> Losses:
-    n_pairs, n_values = len(samples.decision_index), len(samples.value_index)
     # Of about as many rows as the actor's.
     n_slices = math.ceil(n_values * min(n_slices, n_pairs) / n_pairs)
     for rows in equal_slices(n_values, max(1, min(n_slices, n_values))):
@@ -78,13 +68,7 @@ def _critic_losses(
 
 
 def gradient_step(optimizers: Iterable[th.optim.Optimizer], loss: th.Tensor, max_grad_norm: float | None = None) -> None:
-    """
-    Make a gradient step, but leave it out if the loss is NaN or infinite.
-
-    :param optimizers: The optimisers that make it.
-    :param loss: The loss that the gradients are of.
-    :param max_grad_norm: What the norm of each optimiser's gradients is clipped to, or ``None``.
-    """
+    """Make a gradient step, each optimiser's gradients clipped to this norm; leave it out if the loss is NaN or infinite."""
     not_finite = (~loss.isfinite()).float()
     for optimizer in optimizers:
         if max_grad_norm is not None:
@@ -99,18 +83,11 @@ def gradient_step(optimizers: Iterable[th.optim.Optimizer], loss: th.Tensor, max
 
 def check_update(policy: DiffusionActorCriticPolicy, losses: list[th.Tensor], where: str) -> None:
     """
-    Check once per update, for it waits for a GPU, and before a callback can save the policy.
-
-    :param policy: The policy.
-    :param losses: Losses of the minibatches.
-    :param where: Which update this is.
-    :raises ValueError: if a loss or a parameter is NaN or infinite.
+    ValueError if a loss or a parameter is NaN or infinite. For once per update, as it waits for a GPU, and before a callback
+    can save the policy.
     """
     finite_losses = th.stack(losses).isfinite()
-    advice = (
-        "Models saved so far are not affected. Lower the learning rates, set max_grad_norm, or look at the scale of "
-        "rewards and observations."
-    )
+    advice = "Saved models are not affected. Lower the learning rates, set max_grad_norm, or rescale rewards and observations."
     if not finite_losses.all():
         bad = (~finite_losses).cpu().numpy()
         raise ValueError(

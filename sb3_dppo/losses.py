@@ -97,10 +97,7 @@ def actor_loss(
 
 
 def value_loss(
-    policy: DiffusionActorCriticPolicy,
-    samples: DenoisingRolloutBufferSamples,
-    clip_range_vf: float | None,
-    n_values: int,
+    policy: DiffusionActorCriticPolicy, samples: DenoisingRolloutBufferSamples, clip_range_vf: float | None, n_values: int
 ) -> th.Tensor:
     """
     :param policy: The policy.

@@ -43,12 +43,8 @@ class Normalizer(nn.Module):
     def set_ranges(self, obs_min: np.ndarray, obs_max: np.ndarray, action_min: np.ndarray, action_max: np.ndarray) -> None:
         """
         Map these ranges to [-1, 1]: ``2 * ((x - min) / (max - min + 1e-6) - 0.5)``, and 0 for a dimension without range.
-
-        :param obs_min: Smallest observation, of the observation space's shape. For a ``Dict``, the flat vectors of its keys
-            that hold no images, one after the other in the order of its keys.
-        :param obs_max: Largest observation.
-        :param action_min: Smallest action, shape (Da,).
-        :param action_max: Largest action.
+        Those of observations are of their space's shape; for a ``Dict``, the flat vectors of its keys that hold no images, one
+        after the other in the order of its keys. Those of actions have the shape (Da,).
         """
         obs_low, obs_range, action_low, action_range = (
             th.as_tensor(np.asarray(value, dtype=np.float64))
@@ -66,10 +62,7 @@ class Normalizer(nn.Module):
         return bool((self.obs_center != 0).any() or (self.obs_scale != 1).any())
 
     def normalize_observations(self, obs: PyTorchObs) -> PyTorchObs:
-        """
-        :param obs: Observations, shape (B, ...), or a dictionary of these.
-        :return: The same with normalised vectors.
-        """
+        """Observations, shape (B, ...), or a dictionary of these, with normalised vectors."""
         if not isinstance(obs, dict):
             return (obs.float() - self.obs_center) * self.obs_scale if self._vector_sizes else obs
         normalized, start = dict(obs), 0
@@ -81,17 +74,11 @@ class Normalizer(nn.Module):
         return normalized
 
     def normalize_actions(self, actions: th.Tensor) -> th.Tensor:
-        """
-        :param actions: Actions of the env, shape (..., Da).
-        :return: The same in normalised action space.
-        """
+        """Actions of the env, shape (..., Da), in normalised action space."""
         return (actions - self.action_center) / self.action_scale
 
     def unnormalize_actions(self, actions: th.Tensor) -> np.ndarray:
-        """
-        :param actions: Normalised chunks, shape (B, Tp, Da).
-        :return: Actions for the env, clipped to its bounds, shape (B, Tp, *action_space.shape).
-        """
+        """Normalised chunks, shape (B, Tp, Da), as actions clipped to the env's bounds, (B, Tp, *action_space.shape)."""
         env_actions = (self.action_center + self.action_scale * actions).cpu().numpy()
         env_actions = env_actions.reshape((*env_actions.shape[:-1], *self.action_space.shape))
         return np.clip(env_actions, self.action_space.low, self.action_space.high)

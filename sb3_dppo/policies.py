@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
@@ -24,10 +24,7 @@ from sb3_dppo.normalization import Normalizer
 # The paper's policies for Gym tasks, in policy_kwargs' terms, for pre-training and fine-tuning; the constructor's own defaults
 # are for learning from scratch (Ren et al. 2024, table A7).
 PAPER_POLICY_KWARGS: dict[str, Any] = dict(
-    denoising_steps=20,
-    horizon=4,
-    prediction_type="epsilon",
-    net_arch=dict(pi=[512, 512, 512], vf=[256, 256, 256]),
+    denoising_steps=20, horizon=4, prediction_type="epsilon", net_arch=dict(pi=[512, 512, 512], vf=[256, 256, 256])
 )
 # The arguments that make the denoising process of a trained denoiser, besides the sampler's.
 PROCESS_ARGUMENTS = (
@@ -89,6 +86,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     critic: nn.Module
     eta_network: nn.Sequential
     process: DenoisingProcess
+    _default_net_arch: ClassVar[dict[str, list[int]]] = dict(pi=[256, 256, 256], vf=[256, 256, 256])
 
     def __init__(
         self,
@@ -123,16 +121,13 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         check_names(type(self).__name__, sampler, SAMPLER_ARGUMENTS)
         if share_features_extractor:
             raise ValueError(
-                "share_features_extractor=True is not supported: the critic's gradients would change the features that the "
-                "frozen base policy was trained with. Leave it out."
+                "share_features_extractor=True would let the critic change the frozen base policy's features: leave it out."
             )
         check_action_space(action_space)
         if isinstance(features_extractor_class, str):
             if features_extractor_class not in EXTRACTORS:
-                raise ValueError(
-                    f"features_extractor_class={features_extractor_class!r} is unknown: choose one of {list(EXTRACTORS)} or a "
-                    "class."
-                )
+                name = f"features_extractor_class={features_extractor_class!r}"
+                raise ValueError(f"{name} is unknown: choose one of {list(EXTRACTORS)} or a class.")
             features_extractor_class = EXTRACTORS[features_extractor_class]
         check_observation_space(observation_space, features_extractor_class, normalize_images)
         self._constructor_parameters = {
@@ -154,7 +149,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
             observation_space,
             action_space,
             lr_schedule,
-            net_arch=self._default_net_arch() | (net_arch or {}),
+            net_arch=self._default_net_arch | (net_arch or {}),
             activation_fn=activation_fn,
             features_extractor_class=features_extractor_class,
             features_extractor_kwargs=dict(features_extractor_kwargs or {}),
@@ -163,10 +158,6 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
             optimizer_class=optimizer_class,
             optimizer_kwargs=self._default_optimizer_kwargs(optimizer_class, optimizer_kwargs or {}),
         )
-
-    @staticmethod
-    def _default_net_arch() -> dict[str, list[int]]:
-        return dict(pi=[256, 256, 256], vf=[256, 256, 256])
 
     @staticmethod
     def _default_optimizer_kwargs(optimizer_class: type[th.optim.Optimizer], given: dict[str, Any]) -> dict[str, Any]:
@@ -214,12 +205,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         return process.to(self.device)
 
     def configure_sampler(self, config: SamplerConfig) -> None:
-        """
-        Sample with other settings from now on. The base policy stays.
-
-        :param config: The settings.
-        :raises ValueError: naming the one that does not fit the policy; then the old ones are kept.
-        """
+        """Sample with other settings from now on; the base policy stays. At a ValueError the old ones are kept."""
         before, process = self.sampler.config, self.process
         try:
             if (config.scheduler, config.inference_steps) != (before.scheduler, before.inference_steps):
@@ -230,11 +216,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
             raise
 
     def make_optimizers(self, learning_rate: float) -> None:
-        """
-        Create new optimisers, with no state, for the actor, for the critic and for η.
-
-        :param learning_rate: Their initial learning rate.
-        """
+        """Create new optimisers, with no state and this initial learning rate, for the actor, for the critic and for η."""
         actor = [*self.denoiser.parameters(), *self.pi_features_extractor.parameters()]
         critic = [*self.critic.parameters(), *self.vf_features_extractor.parameters()]
         self.optimizer, self.critic_optimizer, self.eta_optimizer = (
@@ -248,13 +230,8 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         return [self.optimizer, self.critic_optimizer, self.eta_optimizer]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return dict(
-            observation_space=self.observation_space,
-            action_space=self.action_space,
-            lr_schedule=self._dummy_schedule,
-            **self._constructor_parameters,
-            **vars(self.sampler.config),
-        )
+        env: dict[str, Any] = dict(observation_space=self.observation_space, action_space=self.action_space)
+        return env | dict(lr_schedule=self._dummy_schedule) | self._constructor_parameters | vars(self.sampler.config)
 
     def update_base_denoiser(self) -> None:
         """Copy the denoiser, with its features extractor, into the frozen base denoiser."""
@@ -262,12 +239,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         self.base_features_extractor.load_state_dict(self.pi_features_extractor.state_dict())
 
     def train(self, mode: bool = True) -> Any:
-        """
-        Set training or evaluation mode, but for the base policy: it is frozen.
-
-        :param mode: Whether it is training mode.
-        :return: The policy.
-        """
+        """Set training or evaluation mode, but for the base policy: it is frozen."""
         super().train(mode)
         self.base_denoiser.eval()
         self.base_features_extractor.eval()
@@ -382,10 +354,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         return self.sampler.bc_loss(self.extract_features(obs), actions, timesteps, noise)
 
     def predict_values(self, obs: PyTorchObs) -> th.Tensor:
-        """
-        :param obs: Observations, shape (B, ...).
-        :return: Values, shape (B, 1).
-        """
+        """Values of observations, shape (B, 1)."""
         features = self.extract_features(obs, self.vf_features_extractor)  # type: ignore[arg-type]
         with self.sampler.autocast():
             return self.critic(features).float()
@@ -450,19 +419,15 @@ class _SequencePolicy(DiffusionActorCriticPolicy):
         """The denoiser's, which must have been given no settings of other denoisers."""
         for name in ("layer_norm", "obs_encoder_arch", "film"):
             if self._constructor_parameters[name]:
-                raise ValueError(
-                    f"{name}={self._constructor_parameters[name]} is a setting of DiffusionMlpPolicy: {type(self).__name__}'s "
-                    "denoiser has its own."
-                )
+                value = self._constructor_parameters[name]
+                raise ValueError(f"{name}={value} is a setting of DiffusionMlpPolicy: {type(self).__name__} has its own.")
         return self.net_arch["pi"]  # type: ignore[call-overload]
 
 
 class DiffusionUnetPolicy(_SequencePolicy):
     __doc__ = DiffusionActorCriticPolicy.__doc__
 
-    @staticmethod
-    def _default_net_arch() -> dict[str, list[int]]:
-        return dict(pi=[64, 128], vf=[256, 256, 256])
+    _default_net_arch: ClassVar[dict[str, list[int]]] = dict(pi=[64, 128], vf=[256, 256, 256])
 
     def _make_denoiser(self) -> Denoiser:
         return UnetDenoiser(self.action_dim, self.horizon, self.features_dim, self._widths(), activation_fn=self.activation_fn)
@@ -471,10 +436,17 @@ class DiffusionUnetPolicy(_SequencePolicy):
 class DiffusionTransformerPolicy(_SequencePolicy):
     __doc__ = DiffusionActorCriticPolicy.__doc__
 
-    @staticmethod
-    def _default_net_arch() -> dict[str, list[int]]:
-        return dict(pi=[128, 128], vf=[256, 256, 256])
+    _default_net_arch: ClassVar[dict[str, list[int]]] = dict(pi=[128, 128], vf=[256, 256, 256])
 
     def _make_denoiser(self) -> Denoiser:
         K = self._constructor_parameters["denoising_steps"]
         return TransformerDenoiser(self.action_dim, self.horizon, self.features_dim, K, self._widths())
+
+
+POLICIES: dict[str, Any] = dict(
+    DiffusionMlpPolicy=DiffusionMlpPolicy,
+    DiffusionCnnPolicy=DiffusionCnnPolicy,
+    DiffusionMultiInputPolicy=DiffusionMultiInputPolicy,
+    DiffusionUnetPolicy=DiffusionUnetPolicy,
+    DiffusionTransformerPolicy=DiffusionTransformerPolicy,
+)

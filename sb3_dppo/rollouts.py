@@ -39,7 +39,7 @@ class DecisionRollouts(ResumableAlgorithm):
         """The sampler's settings now."""
         settings = {name: getattr(self, name) for name in SAMPLER_ARGUMENTS}
         floor = make_schedule("min_sampling_std", self.min_sampling_std)(self._current_progress_remaining)
-        return SamplerConfig(**{**settings, "min_sampling_std": max(0.0, floor)})
+        return SamplerConfig(**settings | dict(min_sampling_std=max(0.0, floor)))
 
     def _make_rollout_buffer(self) -> None:
         buffer_class: Any = self.rollout_buffer_class or DenoisingRolloutBuffer
@@ -76,13 +76,8 @@ class DecisionRollouts(ResumableAlgorithm):
         n_rollout_steps: int,
     ) -> bool:
         """
-        Collect decisions with the current policy and fill the rollout buffer.
-
-        :param env: The training environment
-        :param callback: Callback that will be called at each env step (and at the beginning and end of the rollout)
-        :param rollout_buffer: Buffer to fill
-        :param n_rollout_steps: Env steps per env
-        :return: Whether the rollout was completed: ``False`` if a callback stopped it
+        Collect decisions with the current policy and fill the rollout buffer. ``False`` if a callback, which is called at each
+        of ``n_rollout_steps`` env steps, at the beginning and at the end, stops it.
         """
         assert self._last_obs is not None, "No previous observation was provided"
         self._begin_rollout()
@@ -101,7 +96,7 @@ class DecisionRollouts(ResumableAlgorithm):
 
         for n_steps in range(n_rollout_steps):
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
-            planning = np.ones_like(dones) if n_steps % act_steps == 0 else dones
+            planning = dones | (n_steps % act_steps == 0)
             if planning.any():
                 values, log_probs = values.clone(), log_probs.clone()
                 chunks, values[planning], log_probs[planning] = self._plan(obs_tensor, np.flatnonzero(planning))
@@ -131,19 +126,14 @@ class DecisionRollouts(ResumableAlgorithm):
         rollout_buffer.compute_returns_and_advantage(last_values)
         if self.on_bad_env == "reset":
             self.logger.record("rollout/bad_env_resets", self.n_bad_env_resets)
-
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
 
     def _plan(self, obs_tensor: PyTorchObs, env_index: np.ndarray) -> tuple[np.ndarray, th.Tensor, th.Tensor]:
         """
-        Make a decision in some envs, and keep it.
-
-        :param obs_tensor: What all envs observe, shape (n_envs, ...).
-        :param env_index: Which envs, shape (B,).
-        :return: Chunks for these envs, shape (B, Tp, *action_space.shape), values of their observations, shape (B, 1), and
-            log-probabilities averaged over the chains, shape (B,).
+        Decide in B of the envs, of which all observe ``obs_tensor``, and keep it. Gives chunks, (B, Tp, *action_space.shape),
+        values of the observations, (B, 1), and log-probabilities averaged over the chains, (B,).
         """
         obs = take(obs_tensor, env_index)
         sampled = self.policy.sample_chain(obs)
@@ -156,18 +146,11 @@ class DecisionRollouts(ResumableAlgorithm):
 
     def _end_episodes(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
         """Tell the buffer which episodes have ended, with the value of the last observation of those that were truncated."""
-        ended = np.flatnonzero(dones)
-        if len(ended) == 0:
-            return
-        bootstrap_values = np.zeros(len(ended))
-        last_obs = [infos[env_index].get("terminal_observation") for env_index in ended]
-        truncated = [
-            i
-            for i, env_index in enumerate(ended)
-            if infos[env_index].get("TimeLimit.truncated", False) and last_obs[i] is not None
-        ]
+        last_obs = [info.get("terminal_observation") if info.get("TimeLimit.truncated", False) else None for info in infos]
+        truncated = [env_index for env_index in np.flatnonzero(dones) if last_obs[env_index] is not None]
+        bootstrap_values = np.zeros(len(dones))
         if truncated:
             with th.no_grad():
-                tensor = obs_as_tensor(stack([last_obs[i] for i in truncated]), self.device)
+                tensor = obs_as_tensor(stack([last_obs[env_index] for env_index in truncated]), self.device)
                 bootstrap_values[truncated] = self.policy.predict_values(tensor).cpu().numpy().flatten()
-        self.rollout_buffer.end_episodes(ended, bootstrap_values)
+        self.rollout_buffer.end_episodes(np.flatnonzero(dones), bootstrap_values[dones])

@@ -17,8 +17,7 @@ class DecaySchedule:
     A number that first rises linearly from zero and then goes to zero, or stays.
 
     :param value: The number, or a function of the progress remaining, from 1 to 0
-    :param decay: What it is multiplied by on the way to the end: "constant" for 1, "linear" or "cosine" for a factor that
-        goes to zero
+    :param decay: "constant", or along which curve a factor of it goes to zero: "linear" or "cosine"
     :param warmup: Fraction of training in which it rises
     :raises ValueError: for another decay or fraction, under the names that they have in DPPO
     """
@@ -66,8 +65,6 @@ def make_schedule(name: str, value: Any, decay: str = "constant", warmup: float 
         elif isinstance(value, bool) or not (isinstance(value, (int, float)) or callable(value)):
             raise ValueError
     except ValueError:
-        raise ValueError(
-            f"{name}={value!r} is not a schedule: use a number, 'lin_NUMBER', 'cos_NUMBER' or a function of the progress "
-            "remaining."
-        ) from None
+        kinds = "a number, 'lin_NUMBER', 'cos_NUMBER' or a function of the progress remaining"
+        raise ValueError(f"{name}={value!r} is not a schedule: use {kinds}.") from None
     return FloatSchedule(value if (decay, warmup) == ("constant", 0.0) else DecaySchedule(value, decay, warmup))
