@@ -57,10 +57,7 @@ def _with_packaged_hyperparams(init: Any) -> Any:
 
 
 def hyperparams_file(trained_agent: str = "") -> Path:
-    """
-    :param trained_agent: Path of a saved model to go on with, or "".
-    :return: The packaged hyperparameters for it: those for fine-tuning if its policy was pre-trained on demonstrations.
-    """
+    """The packaged hyperparameters for it: those for fine-tuning if its policy was pre-trained on demonstrations."""
     if trained_agent and zipfile.is_zipfile(trained_agent):
         with zipfile.ZipFile(trained_agent) as archive:
             if "data" in archive.namelist() and json.loads(archive.read("data")).get("pretrained_on_demonstrations"):
@@ -126,10 +123,7 @@ def sample_dppo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
 
 
 def convert_dppo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
-    """
-    :param sampled_params: Parameters of a trial.
-    :return: The arguments of DPPO that they stand for.
-    """
+    """The arguments of DPPO that they stand for."""
     params = dict(sampled_params)
     for name in ("gamma", "gae_lambda"):
         params[name] = 1 - params.pop(f"one_minus_{name}")
@@ -154,9 +148,7 @@ def scripts() -> list[str]:
 
 
 def main() -> None:
-    """
-    ``python -m sb3_dppo.zoo train …``: rl_zoo3's scripts where PyTorch's plug-ins are switched off.
-    """
+    """``python -m sb3_dppo.zoo train …``: rl_zoo3's scripts where PyTorch's plug-ins are switched off."""
     names = scripts()
     if len(sys.argv) < 2 or sys.argv[1] not in names:
         sys.exit(f"usage: python -m sb3_dppo.zoo {{{','.join(names)}}} …, with the arguments of rl_zoo3.…")

@@ -13,11 +13,7 @@ Selection = dict[str, list[str]]
 
 
 def selection_of(obs_keys: Sequence[str] | Mapping[str, str | Sequence[str]]) -> Selection:
-    """
-    :param obs_keys: See :func:`~sb3_dppo.demonstrations.load_demonstrations`.
-    :return: The same in full.
-    :raises ValueError: if it is neither a list nor a dictionary of names.
-    """
+    """The same in full."""
     chosen = dict(obs_keys) if isinstance(obs_keys, Mapping) else {"": obs_keys}
     full = {key: [names] if key and isinstance(names, str) else names for key, names in chosen.items()}
     if not full or any(isinstance(names, str) or len(names) == 0 for names in full.values()):
@@ -40,13 +36,7 @@ def check_selection(selection: Selection | None, names: Iterable[str], where: An
 
 
 def select(parts: Mapping[str, Any], selection: Selection | None, where: Any) -> Any:
-    """
-    :param parts: Observations by name, shape (N, ...), under the empty name if they are a single array.
-    :param selection: What to take of them, ``None`` for all as they are.
-    :param where: What they were read from, for errors.
-    :return: Observations as ``Demonstrations`` takes them: a single array, or a dictionary of arrays.
-    :raises ValueError: if a name is missing, or if what is to be laid side by side can't be.
-    """
+    """Observations as ``Demonstrations`` takes them: a single array, or a dictionary of arrays."""
     check_selection(selection, parts, where)
     parts = {name: as_part(values) for name, values in parts.items()}
     chosen = dict(parts) if selection is None else {}

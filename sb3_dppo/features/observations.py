@@ -11,62 +11,39 @@ Obs = TypeVar("Obs")
 
 
 def batch_size_of(obs: Any) -> int:
-    """
-    :param obs: Observations, shape (B, ...), or a dictionary of these.
-    :return: B.
-    """
+    """B."""
     return len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
 
 
 def parts_of(obs: Any) -> list[Any]:
-    """
-    :param obs: Observations, or a dictionary of these.
-    :return: The tensors or arrays, by sorted key.
-    """
+    """The tensors or arrays, by sorted key."""
     return [obs[key] for key in sorted(obs)] if isinstance(obs, dict) else [obs]
 
 
 def parts_of_space(observation_space: spaces.Space) -> dict[str, spaces.Space]:
-    """
-    :param observation_space: A space, or a ``Dict`` of spaces.
-    :return: The spaces by key, under the empty key if there is no ``Dict``.
-    """
+    """The spaces by key, under the empty key if there is no ``Dict``."""
     return dict(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else {"": observation_space}
 
 
 def part_name(key: str) -> str:
-    """
-    :param key: Key of an observation, empty where it is a single array.
-    :return: What messages call it.
-    """
+    """What messages call it."""
     return f"observations[{key!r}]" if key else "observations"
 
 
 def take(obs: Obs, index: Any) -> Obs:
-    """
-    :param obs: Observations, shape (B, ...), or a dictionary of these.
-    :param index: Which rows: numbers, a mask or a slice.
-    :return: These rows.
-    """
+    """These rows."""
     return {key: value[index] for key, value in obs.items()} if isinstance(obs, dict) else obs[index]  # type: ignore[return-value, index]
 
 
 def stack(observations: list[Any]) -> Any:
-    """
-    :param observations: Single observations, as arrays or as dictionaries of arrays.
-    :return: One batch of them.
-    """
+    """One batch of them."""
     if isinstance(observations[0], dict):
         return {key: np.stack([obs[key] for obs in observations]) for key in observations[0]}
     return np.stack(observations)
 
 
 def vector_keys(observation_space: spaces.Space, normalize_images: bool = True) -> dict[str, spaces.Box]:
-    """
-    :param observation_space: A ``Box``, or a ``Dict`` of spaces.
-    :param normalize_images: See :func:`check_observation_space`.
-    :return: The boxes that hold vectors and no images, under the empty key for a ``Box``: what can be normalised by ranges.
-    """
+    """The boxes that hold vectors and no images, under the empty key for a ``Box``: what can be normalised by ranges."""
     return {
         key: space
         for key, space in parts_of_space(observation_space).items()

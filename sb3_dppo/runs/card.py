@@ -11,11 +11,7 @@ from sb3_dppo.runs.faults import has_attr
 
 
 def make_card(model: Any, config: dict[str, Any]) -> str:
-    """
-    :param model: The model.
-    :param config: Its configuration.
-    :return: A model card: Markdown after YAML, as model hubs read it.
-    """
+    """A model card: Markdown after YAML, as model hubs read it."""
     env = model.env
     spec = env.get_attr("spec")[0] if env is not None and has_attr(env, "spec") else None
     env_id = getattr(spec, "id", None)

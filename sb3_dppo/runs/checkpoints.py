@@ -45,10 +45,7 @@ class RunState:
 
     @classmethod
     def of(cls, model: Any) -> "RunState":
-        """
-        :param model: A model between two rollouts.
-        :return: A copy of its state.
-        """
+        """A copy of its state."""
         vec_normalize = model.get_vec_normalize_env()
         statistics = ("obs_rms", "ret_rms", "returns")
         return cls(
@@ -123,10 +120,7 @@ def _env_states(model: Any) -> list[Any] | None:
 
 
 def generator_states(model: Any) -> dict[str, Any]:
-    """
-    :param model: The model.
-    :return: States of the global generators of Python, NumPy and PyTorch and of the policy's own.
-    """
+    """States of the global generators of Python, NumPy and PyTorch and of the policy's own."""
     states = dict(
         device=model.device.type,
         python=random.getstate(),

@@ -29,10 +29,7 @@ ON_BAD_ENV = ("raise", "reset")
 
 
 def are_finite(values: Any) -> np.ndarray:
-    """
-    :param values: Observations or rewards, shape (B, ...).
-    :return: Whether each has neither NaN nor infinity, shape (B,).
-    """
+    """Whether each has neither NaN nor infinity, shape (B,)."""
     finite = np.ones(len(parts_of(values)[0]), dtype=bool)
     for part in map(np.asarray, parts_of(values)):
         if part.dtype.kind == "f":
@@ -53,10 +50,7 @@ def check_finite(name: str, values: Any, when: str) -> None:
 
 
 def changes_numbers(env: VecEnv) -> bool:
-    """
-    :param env: The env that a model learns in.
-    :return: Whether what comes out of it may be NaN or infinite although what :class:`EnvGuard` saw was not.
-    """
+    """Whether what comes out of it may be NaN or infinite although what :class:`EnvGuard` saw was not."""
     while isinstance(env, VecEnvWrapper):
         if type(env) not in HARMLESS_WRAPPERS:
             return True
@@ -65,11 +59,7 @@ def changes_numbers(env: VecEnv) -> bool:
 
 
 def has_attr(env: VecEnv, name: str) -> bool:
-    """
-    :param env: The env.
-    :param name: Name of an attribute or method.
-    :return: Whether all its copies have it. Of a ``VecEnv`` that can't tell, they have not.
-    """
+    """Whether all its copies have it. Of a ``VecEnv`` that can't tell, they have not."""
     try:
         return env.has_attr(name)
     except NotImplementedError:
@@ -196,10 +186,7 @@ class EnvGuard:
 
 
 def describe_death(env: SubprocVecEnv) -> str | None:
-    """
-    :param env: An env, one of whose pipes may be broken.
-    :return: Which process has died, and of what; ``None`` if none has.
-    """
+    """Which process has died, and of what; ``None`` if none has."""
     wait([process.sentinel for process in env.processes], timeout=2)
     for env_index, process in enumerate(env.processes):
         code = process.exitcode

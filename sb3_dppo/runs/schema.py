@@ -86,11 +86,7 @@ TRAINING |= dict.fromkeys(("progress_remaining", "reward_mean", "reward_var", "r
 
 
 def bounded(hint: Any, largest: int = MAX_SIZE) -> Any:
-    """
-    :param hint: An annotation.
-    :param largest: Largest integer, in absolute value.
-    :return: The type of what stands for it in JSON, strict and bounded; ``None``, that of null, if nothing does.
-    """
+    """The type of what stands for it in JSON, strict and bounded; ``None``, that of null, if nothing does."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if any(get_origin(option) is Callable for option in inner):
@@ -132,10 +128,7 @@ def _some_of(hints: Mapping[str, Any], excluded: Collection[str] = (), largest: 
 
 
 def names_of(algorithm: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """
-    :param algorithm: The model's class.
-    :return: The annotations of its arguments and of its policies' that are shared.
-    """
+    """The annotations of those arguments of an algorithm, and of its policies, that are shared."""
     own, policy = constructor_arguments(algorithm), dict[str, Any]()
     for policy_class in algorithm.policy_aliases.values():
         policy |= constructor_arguments(policy_class)
@@ -165,12 +158,7 @@ def _config_of(algorithm: Any) -> Any:
 
 
 def read_config(algorithm: Any, config: Any) -> dict[str, Any]:
-    """
-    :param algorithm: The model's class.
-    :param config: A configuration from JSON.
-    :return: It, with classes and spaces for what stands for them.
-    :raises ValueError: naming the field that is not what it should be.
-    """
+    """A configuration, with classes and spaces for what stands for them."""
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{CONFIG_FILE} does not have the format {FORMAT!r}: it is of another program or another version.")
     config = read(_config_of(algorithm), config)
@@ -190,13 +178,7 @@ def read_config(algorithm: Any, config: Any) -> dict[str, Any]:
 
 
 def read(kind: Any, value: Any, path: str = "") -> Any:
-    """
-    :param kind: A type.
-    :param value: What was read from JSON.
-    :param path: Where it stands in the configuration, for errors.
-    :return: It, as this type makes it.
-    :raises ValueError: naming the field that is not what it should be.
-    """
+    """A value as a type makes it; the ``ValueError`` of one that is not of it says where it stands."""
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:

@@ -59,12 +59,7 @@ MAX_ROLLOUT_BYTES = 2**29  # per env
 
 
 def save_pretrained(model: OnPolicyAlgorithm, folder: str | Path) -> None:
-    """
-    See :meth:`sb3_dppo.DPPO.save_pretrained`.
-
-    :param model: The model.
-    :param folder: Where.
-    """
+    """See :meth:`sb3_dppo.DPPO.save_pretrained`."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is a file: choose another name.")

@@ -14,11 +14,7 @@ MAX_OBSERVATION_SIZE = 2**22  # numbers in an observation or action: an image of
 
 
 def make_fields(name: str, hints: dict[str, Any]) -> Any:
-    """
-    :param name: What they are of.
-    :param hints: Types by name.
-    :return: The type of dictionaries that hold these and nothing else.
-    """
+    """The type of dictionaries that hold these and nothing else."""
     fields = TypedDict(name, hints)  # type: ignore[misc]
     fields.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
     return fields
@@ -91,12 +87,7 @@ Space: Any = Annotated[_Part | _Dict, Field(discriminator="type"), AfterValidato
 
 
 def describe_space(name: str, space: spaces.Space) -> dict[str, Any]:
-    """
-    :param name: Its name, for errors.
-    :param space: An observation or action space.
-    :return: What ``Space`` reads.
-    :raises ValueError: if it can't be written.
-    """
+    """What ``Space`` reads."""
     described: dict[str, Any] = dict(type=type(space).__name__)
     match space:
         case spaces.Box():
