@@ -12,7 +12,7 @@ from gymnasium import spaces
 from sb3_dppo.buffers import DenoisingRolloutBuffer
 from sb3_dppo.diffusion.sampler import SamplerConfig
 from sb3_dppo.runs.faults import ON_BAD_ENV
-from sb3_dppo.runs.resumable import refuse_unknown
+from sb3_dppo.runs.names import refuse_unknown
 from sb3_dppo.schedules import make_schedule
 
 SAMPLER_ARGUMENTS = tuple(field.name for field in fields(SamplerConfig))

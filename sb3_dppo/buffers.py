@@ -112,8 +112,6 @@ class DenoisingRolloutBuffer(RolloutBuffer):
         super().__init__(buffer_size, observation_space, action_space, *args, **kwargs)
         self._allocate(self.n_envs * max(1, buffer_size // act_steps))
 
-    # ------------------------------------------------------------------ storage
-
     def _allocate(self, capacity: int) -> None:
         """Make room for as many decisions, and keep those that are there."""
 
@@ -201,8 +199,6 @@ class DenoisingRolloutBuffer(RolloutBuffer):
         self.episode_end[rows] = True
         self.bootstrap_values[rows] = bootstrap_values
 
-    # ------------------------------------------------------------------ returns
-
     def discounts(self) -> np.ndarray:
         """γ to the number of executed actions over ``act_steps``, for each decision, shape (D,)."""
         return self.gamma ** (self.n_executed[: self.pos] / self.act_steps)
@@ -237,8 +233,6 @@ class DenoisingRolloutBuffer(RolloutBuffer):
         self.advantages = self.to_torch(advantages.astype(np.float32))
         self.executed = self.to_torch(self.n_executed[: self.pos])
         self.returns = self.advantages + self.old_values[: self.pos]
-
-    # ------------------------------------------------------------------ minibatches
 
     def get(  # type: ignore[override]
         self, batch_size: int | None = None, shuffle: str = "pairs"

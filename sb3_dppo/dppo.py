@@ -37,8 +37,8 @@ class DPPO(DecisionRollouts):
     The sampler's settings, from ``act_steps`` to ``precision``, are those of
     :class:`~sb3_dppo.diffusion.sampler.SamplerConfig`; here ``min_sampling_std`` may be a schedule, too.
 
-    Schedules are numbers, functions of the current progress remaining (from 1 to 0), or strings: "lin_1e-3" goes linearly,
-    "cos_1e-3" along a cosine from 1e-3 to 0. What is assigned to a model acts from its next rollout or update on.
+    Schedules are numbers, functions of the current progress remaining (from 1 to 0), or strings: "lin_1e-3" goes linearly from
+    1e-3 to 0. What is assigned to a model acts from its next rollout or update on.
 
     :param policy: The policy model to use ("DiffusionMlpPolicy", "DiffusionCnnPolicy", "DiffusionMultiInputPolicy",
         "DiffusionUnetPolicy", "DiffusionTransformerPolicy" or a class)
@@ -241,8 +241,6 @@ class DPPO(DecisionRollouts):
             if params is not None:
                 self.policy.load_state_dict(params)
 
-    # ------------------------------------------------------------------ setup
-
     def _setup_lr_schedule(self) -> None:
         self._lr_arguments = (self.learning_rate, self.lr_decay, self.lr_warmup)
         self.lr_schedule = make_schedule("learning_rate", *self._lr_arguments)
@@ -275,8 +273,6 @@ class DPPO(DecisionRollouts):
         if self.shuffle is not None:
             return self.shuffle
         return "decisions" if self.policy.extractor_learns else "pairs"
-
-    # ------------------------------------------------------------------ update
 
     def train(self) -> None:
         """Update actor and critic, which share no parameters, on the current rollout."""

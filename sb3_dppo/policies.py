@@ -170,8 +170,6 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     def _make_denoiser(self) -> Denoiser:
         """The network of this kind of policy."""
 
-    # ------------------------------------------------------------------ construction
-
     def _build(self, lr_schedule: Schedule) -> None:
         """Create networks, normalisation, sampler and optimisers."""
         arguments = self._constructor_parameters
@@ -250,8 +248,6 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         self.sampler.forget()
         return super()._apply(*args, **kwargs)
 
-    # ------------------------------------------------------------------ features
-
     def _prepare(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> Any:
         """What an extractor takes: normalised, preprocessed and, in training, augmented, if it has a method for that."""
         normalized = self.normalizer.normalize_observations(obs)
@@ -289,8 +285,6 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         features = [extractor(prepared) for extractor in extractors]
         features = features if rows is None else [value[rows] for value in features]
         return features[0], features[1] if with_base else None
-
-    # ------------------------------------------------------------------ sampling
 
     def sample_chain(
         self, obs: PyTorchObs, deterministic: bool = False, noise: th.Tensor | None = None, use_base: bool = False

@@ -8,7 +8,6 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 
 DECAYS = ("constant", "linear", "cosine")
-PREFIXES = dict(lin_="linear", cos_="cosine")
 
 
 @dataclass(frozen=True)
@@ -41,17 +40,12 @@ class DecaySchedule:
         factors = dict(constant=1.0, linear=remaining, cosine=0.5 * (1.0 - math.cos(math.pi * remaining)))
         return factors[self.decay] * value
 
-    def __str__(self) -> str:
-        """What :func:`make_schedule` makes the same schedule of, if there is such a string."""
-        prefix = {decay: prefix for prefix, decay in PREFIXES.items()}.get(self.decay)
-        return repr(self) if callable(self.value) or self.warmup > 0 or prefix is None else f"{prefix}{float(self.value)!r}"
-
 
 def make_schedule(name: str, value: Any, decay: str = "constant", warmup: float = 0.0) -> FloatSchedule:
     """
     :param name: Name of the argument, for the error.
-    :param value: A number, also as a string as YAML reads "1e-4", a function of the progress remaining, or "lin_" or "cos_"
-        followed by the number that goes to zero linearly or along a cosine.
+    :param value: A number, also as a string as YAML reads "1e-4", a function of the progress remaining, or "lin_" followed by
+        the number that goes to zero linearly.
     :param decay: See :class:`DecaySchedule`; it acts on what ``value`` gives.
     :param warmup: Likewise.
     :return: A function of the progress remaining, from 1 to 0.
@@ -59,12 +53,11 @@ def make_schedule(name: str, value: Any, decay: str = "constant", warmup: float 
     """
     try:
         if isinstance(value, str):
-            prefix = value[:4] if value[:4] in PREFIXES else ""
-            number = float(value.removeprefix(prefix))
-            value = DecaySchedule(number, PREFIXES[prefix]) if prefix else number
+            number = float(value.removeprefix("lin_"))
+            value = DecaySchedule(number, "linear") if value.startswith("lin_") else number
         elif isinstance(value, bool) or not (isinstance(value, (int, float)) or callable(value)):
             raise ValueError
     except ValueError:
-        kinds = "a number, 'lin_NUMBER', 'cos_NUMBER' or a function of the progress remaining"
+        kinds = "a number, 'lin_NUMBER' or a function of the progress remaining"
         raise ValueError(f"{name}={value!r} is not a schedule: use {kinds}.") from None
     return FloatSchedule(value if (decay, warmup) == ("constant", 0.0) else DecaySchedule(value, decay, warmup))

@@ -75,7 +75,7 @@ def _unnormalize(path: Path, arrays: dict[str, np.ndarray], normalization: str |
 
 
 def read_ranges(path: Path) -> dict[str, np.ndarray]:
-    """"obs_min" and "obs_max", shape (Do,), "action_min" and "action_max", shape (Da,)."""
+    """ "obs_min" and "obs_max", shape (Do,), "action_min" and "action_max", shape (Da,)."""
     arrays = read_npz(path, ("obs_min", "obs_max", "action_min", "action_max"))
     for low, high in (("obs_min", "obs_max"), ("action_min", "action_max")):
         if arrays[low].size != arrays[high].size or any(arrays[name].dtype.kind not in "fiu" for name in (low, high)):

@@ -24,11 +24,7 @@ CPU_SLICE_SIZE = 3072
 
 @contextmanager
 def threads_for(batch_size: int) -> Iterator[None]:
-    """
-    Denoise small batches on one CPU thread: another gains little, and stalls where processes of envs want its core.
-
-    :param batch_size: Number of decisions.
-    """
+    """Denoise small batches on one CPU thread: another gains little, and stalls where processes of envs want its core."""
     n_threads = th.get_num_threads()
     if batch_size > ONE_THREAD_BATCH_SIZE or n_threads == 1:
         yield
@@ -50,11 +46,7 @@ def keep_freed_memory() -> None:
 
 
 def precision_context(device: th.device, precision: str) -> AbstractContextManager[Any]:
-    """
-    :param device: Where the networks run.
-    :param precision: "float32", "tf32" (float32 with shorter products on CUDA) or "bfloat16".
-    :return: A context in which linear layers and convolutions run in this precision.
-    """
+    """A context in which linear layers and convolutions run in this precision."""
     if precision == "bfloat16":
         return th.autocast(device.type, dtype=th.bfloat16)
     return _tf32() if precision == "tf32" and device.type == "cuda" else nullcontext()

@@ -171,12 +171,10 @@ class MlpDenoiser(Denoiser):
     :param denoising_steps: K, the number of timesteps to embed.
     :param net_arch: Widths of the hidden layers.
     :param time_dim: Size of the time embedding, even.
-    :param activation_fn: Activation of the network and of its observation encoder.
-    :param residual: See :func:`make_mlp`.
-    :param layer_norm: See :func:`make_mlp`.
     :param obs_encoder_arch: Widths of an encoder of the features, the last one its output size; ``None``: no encoder.
     :param film: Whether time embedding and features also scale and shift the hidden layers before each activation or residual
         block (FiLM, Perez et al. 2018), from the identity on.
+    :param mlp: ``activation_fn``, also of the encoder, ``residual`` and ``layer_norm`` of :func:`make_mlp`.
     """
 
     sinusoids: th.Tensor
@@ -192,11 +190,9 @@ class MlpDenoiser(Denoiser):
         denoising_steps: int,
         net_arch: Sequence[int],
         time_dim: int = 16,
-        activation_fn: type[nn.Module] = nn.ReLU,
-        residual: bool | None = True,
-        layer_norm: bool = False,
         obs_encoder_arch: Sequence[int] | None = None,
         film: bool = False,
+        **mlp: Any,
     ) -> None:
         super().__init__()
         from diffusers.models.embeddings import get_timestep_embedding
@@ -204,21 +200,18 @@ class MlpDenoiser(Denoiser):
         if time_dim < 4 or time_dim % 2 != 0:
             raise ValueError(f"time_dim={time_dim} must be even and at least 4.")
 
+        mlp = dict(activation_fn=nn.ReLU, residual=True) | mlp
         sinusoids = get_timestep_embedding(th.arange(denoising_steps), time_dim, downscale_freq_shift=1)
         self.register_buffer("sinusoids", sinusoids, persistent=False)
         self.time_mlp = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Mish(), nn.Linear(2 * time_dim, time_dim))
         self.obs_encoder: nn.Module = nn.Identity()
         if obs_encoder_arch:
-            self.obs_encoder = make_mlp(features_dim, obs_encoder_arch[-1], obs_encoder_arch[:-1], activation_fn)
+            self.obs_encoder = make_mlp(features_dim, obs_encoder_arch[-1], obs_encoder_arch[:-1], mlp["activation_fn"])
             features_dim = obs_encoder_arch[-1]
         chunk_dim = horizon * action_dim
         self.input_sizes = [chunk_dim, time_dim, features_dim]
-        self.mlp = make_mlp(
-            sum(self.input_sizes), chunk_dim, net_arch, activation_fn, residual=residual, layer_norm=layer_norm
-        )
-        # Activations and residual blocks, whose inputs are modulated.
-        self._modulated = [not isinstance(layer, (nn.Linear, nn.LayerNorm)) for layer in self.mlp]
-        self._widths = list(net_arch[: sum(self._modulated)])
+        self.mlp = make_mlp(sum(self.input_sizes), chunk_dim, net_arch, **mlp)
+        self._widths = list(net_arch[: sum(self._is_modulated(layer) for layer in self.mlp)])
         self.film = None
         if film:
             if not self._widths:
@@ -231,43 +224,26 @@ class MlpDenoiser(Denoiser):
             nn.init.zeros_(self.film.bias)
 
     def for_chain(self, features: th.Tensor, timesteps: th.Tensor) -> list[Callable[[th.Tensor], th.Tensor]]:
-        first, film = self.mlp[0], self.film
-        if type(self) is not MlpDenoiser or type(first) is not nn.Linear or not is_plain(self):
+        first = self.mlp[0]
+        if self.film is not None or type(self) is not MlpDenoiser or type(first) is not nn.Linear or not is_plain(self):
             return super().for_chain(features, timesteps)
         # The first layer by what it sees: at each step only the noisy chunk's part is computed anew.
         chunk_weight, time_weight, obs_weight = first.weight.split(self.input_sizes, dim=1)
-        condition, embeddings = self.encode(features), self.embed_timesteps(timesteps)
-        obs_part = F.linear(condition, obs_weight)
-        time_parts = F.linear(embeddings, time_weight, first.bias)
+        obs_part = F.linear(self.encode(features), obs_weight)
+        time_parts = F.linear(self.embed_timesteps(timesteps), time_weight, first.bias)
         following = plain_functions([*self.mlp][1:])
-        obs_modulation: Any = None
-        time_modulations: Any = [None] * len(timesteps)
-        if film is not None:
-            time_film, obs_film = film.weight.split(self.input_sizes[1:], dim=1)
-            obs_modulation = F.linear(condition, obs_film, film.bias)
-            time_modulations = F.linear(embeddings, time_film).unbind()
 
-        def predict(time_part: th.Tensor, time_modulation: th.Tensor | None, sample: th.Tensor) -> th.Tensor:
+        def predict(time_part: th.Tensor, sample: th.Tensor) -> th.Tensor:
             hidden = th.addmm(obs_part, sample.flatten(1), chunk_weight.t()).add_(time_part)
-            modulation = None if time_modulation is None else obs_modulation + time_modulation
-            return self._after_first(following, hidden, modulation).view_as(sample)
-
-        return [partial(predict, *parts) for parts in zip(time_parts.unbind(), time_modulations, strict=True)]
-
-    def _after_first(
-        self, layers: Iterable[Callable[[th.Tensor], th.Tensor]], hidden: th.Tensor, modulation: th.Tensor | None
-    ) -> th.Tensor:
-        """Output of the last."""
-        if modulation is None:
-            for layer in layers:
+            for layer in following:
                 hidden = layer(hidden)
-            return hidden
-        scales, shifts = (iter(part.split(self._widths, dim=1)) for part in modulation.chunk(2, dim=1))
-        for layer, modulated in zip(layers, self._modulated[1:], strict=True):
-            if modulated:
-                hidden = th.addcmul(hidden + next(shifts), hidden, next(scales))
-            hidden = layer(hidden)
-        return hidden
+            return hidden.view_as(sample)
+
+        return [partial(predict, time_part) for time_part in time_parts.unbind()]
+
+    @staticmethod
+    def _is_modulated(layer: nn.Module) -> bool:
+        return not isinstance(layer, (nn.Linear, nn.LayerNorm))
 
     def encode(self, features: th.Tensor) -> th.Tensor:
         return self.obs_encoder(features)
@@ -280,7 +256,13 @@ class MlpDenoiser(Denoiser):
         if self.film is None:
             return self.mlp(inputs).view_as(sample)
         modulation = self.film(inputs[:, self.input_sizes[0] :])
-        return self._after_first([*self.mlp][1:], self.mlp[0](inputs), modulation).view_as(sample)
+        scales, shifts = (iter(part.split(self._widths, dim=1)) for part in modulation.chunk(2, dim=1))
+        hidden = inputs
+        for layer in self.mlp:
+            if self._is_modulated(layer):
+                hidden = th.addcmul(hidden + next(shifts), hidden, next(scales))
+            hidden = layer(hidden)
+        return hidden.view_as(sample)
 
 
 class UnetDenoiser(Denoiser):

@@ -188,10 +188,7 @@ class DenoisingProcess(nn.Module):
         return th.stack(list(rows)).float()
 
     def coefficients(self, position: int | th.Tensor) -> Coefficients:
-        """
-        :param position: One position, or the position of each row of a batch, shape (N,).
-        :return: The coefficients there.
-        """
+        """The coefficients at one position, or at the position of each row of a batch, shape (N,)."""
         if isinstance(position, int):
             return self._numbers[position]
         return Coefficients(*self.table[:, position, None, None])
@@ -235,10 +232,7 @@ class DenoisingProcess(nn.Module):
         return self.table[-1]
 
     def clip_final(self, sample: th.Tensor) -> th.Tensor:
-        """
-        :param sample: The last iterate.
-        :return: The same, clamped if ``clip_final_action`` is set.
-        """
+        """The last iterate, clamped if ``clip_final_action`` is set."""
         if self.clip_final_action is None:
             return sample
         return sample.clamp(-self.clip_final_action, self.clip_final_action)
@@ -269,11 +263,6 @@ def _combine(a: Any, x: th.Tensor, b: Any, y: th.Tensor) -> th.Tensor:
 
 
 def gaussian_log_prob(x: th.Tensor, mean: th.Tensor, std: th.Tensor) -> th.Tensor:
-    """
-    :param x: Where to evaluate.
-    :param mean: Mean, the same shape.
-    :param std: Standard deviation, broadcastable to it.
-    :return: Elementwise log-density of a normal distribution.
-    """
+    """Elementwise log-density of a normal distribution, whose std may be of a broadcastable shape."""
     deviation = (x - mean) / std
     return th.addcmul(-(std.log() + LOG_SQRT_2PI), deviation, deviation, value=-0.5)

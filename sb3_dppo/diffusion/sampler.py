@@ -183,8 +183,6 @@ class DiffusionSampler:
         shape = (self.inference_steps + 1, n, *self.chunk_shape)
         return th.randn(shape, device=self.process.table.device, generator=generator)
 
-    # ------------------------------------------------------------------ chains
-
     def sample(
         self,
         features: th.Tensor | None,
@@ -277,8 +275,6 @@ class DiffusionSampler:
             self._stds[deterministic] = std, log_prob_std
         return std, log_prob_std
 
-    # ------------------------------------------------------------------ single steps
-
     def step_mean(
         self, denoiser: Denoiser, features: th.Tensor, chain_prev: th.Tensor, denoising_index: th.Tensor, eta: Any
     ) -> th.Tensor:
@@ -340,8 +336,6 @@ class DiffusionSampler:
             embeddings = self.networks.denoiser.embed_timesteps(th.arange(self.process.denoising_steps, device=actions.device))
             output = self.networks.denoiser(noisy, embeddings[timesteps], self.networks.denoiser.encode(features))
         return F.mse_loss(output.float(), self.process.denoising_target(actions, noise, timesteps))
-
-    # ------------------------------------------------------------------ η
 
     def eta(self, features: th.Tensor) -> float | th.Tensor:
         """

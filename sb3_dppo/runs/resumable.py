@@ -1,56 +1,22 @@
 """What an algorithm needs to survive: a run that is watched while it learns, and models that go on where they were saved."""
 
-import difflib
-import inspect
 import io
 import pathlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dppo.runs.checkpoints import RunState
 from sb3_dppo.runs.faults import EnvGuard, changes_numbers, check_finite, interruptible
 from sb3_dppo.runs.files import atomic_write
+from sb3_dppo.runs.names import constructor_arguments, refuse_unknown
 
 SelfResumable = TypeVar("SelfResumable", bound="ResumableAlgorithm")
-
-
-def constructor_arguments(cls: type) -> dict[str, Any]:
-    """
-    :param cls: A class.
-    :return: The annotations of its constructor's arguments by name, with those of the classes that it hands ``**kwargs`` to,
-        up to the algorithm itself.
-    """
-    arguments: dict[str, Any] = {}
-    for base in cls.__mro__:
-        parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
-        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
-        hints = get_type_hints(base.__init__, localns=dict(VecEnv=VecEnv))  # type: ignore[misc]
-        arguments = {name: hints.get(name, Any) for name in named} | arguments
-        if "policy_aliases" in vars(base) or not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return arguments
-
-
-def refuse_unknown(function: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """
-    :param function: What was called.
-    :param given: Names of arguments.
-    :param known: Those that it takes.
-    :raises TypeError: for one that is not known, naming the one that was probably meant.
-    """
-    known = sorted(known)
-    for name in given:
-        if name not in known:
-            similar = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {similar[0]!r}?" if similar else f"it takes {known}."
-            raise TypeError(f"{function} got an unexpected argument {name!r}: {hint}")
 
 
 class ResumableAlgorithm(OnPolicyAlgorithm):
@@ -79,8 +45,6 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
 
         :raises ValueError: naming the argument.
         """
-
-    # ------------------------------------------------------------------ a run
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
@@ -184,8 +148,6 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
             return f"{where}, in an update: a model saved now holds a part of it. Checkpoints go on exactly."
         return f"{where}, in a rollout: a model saved now goes on exactly at the start of this rollout, as a checkpoint does."
 
-    # ------------------------------------------------------------------ files
-
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_rollout_start"]
 
@@ -218,13 +180,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
             self._run_state = loaded
 
     def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: th.device | str = "auto") -> None:
-        """
-        Load parameters from a zip file or a nested dictionary, see ``BaseAlgorithm.set_parameters``.
-
-        :param load_path_or_dict: Path, file, or dictionary of state dicts as ``get_parameters`` returns it
-        :param exact_match: Whether the parameters must be complete
-        :param device: Device on which the code should run
-        """
+        """Load parameters from a zip file or a nested dictionary, see ``BaseAlgorithm.set_parameters``."""
         super().set_parameters(load_path_or_dict, exact_match=exact_match, device=device)
         # How an optimiser runs belongs to this machine and not to the file.
         for optimizer in self.policy.optimizers:

@@ -18,7 +18,7 @@ from torch import nn
 from typing_extensions import NotRequired
 
 from sb3_dppo.features.extractors import EXTRACTORS
-from sb3_dppo.runs.resumable import constructor_arguments
+from sb3_dppo.runs.names import constructor_arguments
 from sb3_dppo.runs.spaces import MAX_ITEMS, Finite, Infinity, Space, make_fields
 
 CONFIG_FILE, FORMAT = "config.json", "sb3-dppo 1"
@@ -69,7 +69,7 @@ Count = Annotated[int, Field(strict=True, ge=0, le=MAX_INTEGER)]
 Name = Annotated[str, Field(max_length=1024)]
 Flag = Annotated[bool, Field(strict=True)]
 # A number, also as a string as YAML reads "1e-4", or what begins with it and falls to 0 linearly.
-Schedule = Finite | Annotated[str, Field(pattern=r"^((lin|cos)_)?[0-9.eE+-]+$", max_length=40)]
+Schedule = Finite | Annotated[str, Field(pattern=r"^(lin_)?[0-9.eE+-]+$", max_length=40)]
 Widths = Annotated[list[Size], Field(max_length=MAX_ITEMS)]
 # What annotations don't say.
 SPECIAL: dict[str, Any] = dict(

@@ -46,16 +46,13 @@ from sb3_dppo.runs.schema import (
     read_config,
 )
 from sb3_dppo.runs.spaces import describe_space
-from sb3_dppo.schedules import PREFIXES, DecaySchedule
+from sb3_dppo.schedules import DecaySchedule
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound=OnPolicyAlgorithm)
 
 WEIGHTS_FILE, CARD_FILE = "model.safetensors", "README.md"
 MAX_JSON_BYTES = 2**20  # of the configuration, and of the header of the weights
 MAX_ROLLOUT_BYTES = 2**29  # per env
-
-
-# ---------------------------------------------------------------------- saving
 
 
 def save_pretrained(model: OnPolicyAlgorithm, folder: str | Path) -> None:
@@ -159,8 +156,8 @@ def _encode(name: str, value: Any) -> Any:
         value = float(value.val)
     if isinstance(value, LinearSchedule) and value.end == 0 and value.end_fraction == 1:
         return f"lin_{float(value.start)!r}"
-    if isinstance(value, DecaySchedule) and str(value)[:4] in PREFIXES:
-        return str(value)
+    if isinstance(value, DecaySchedule) and value == DecaySchedule(value.value, "linear") and not callable(value.value):
+        return f"lin_{float(value.value)!r}"
     if type(value).__name__ == "SimpleLinearSchedule":  # RL Zoo's
         return f"lin_{float(value.initial_value)!r}"
     if value is None or isinstance(value, (bool, int, str)):
@@ -183,9 +180,6 @@ def _encode(name: str, value: Any) -> Any:
         f"{name} is {what}, which a shared folder can't hold: use a number, 'lin_NUMBER' for a schedule, or a class of "
         f"PyTorch, Stable-Baselines3 or this package (model.{name.split('[')[0]} = …), or save(path)."
     )
-
-
-# ---------------------------------------------------------------------- reading
 
 
 def from_pretrained(
@@ -327,9 +321,6 @@ def _check_rollout(model: Any, horizon: int, denoising_steps: int) -> None:
             f"n_steps={model.n_steps} means a rollout buffer of {decisions * n_bytes} bytes per env, more than "
             f"{MAX_ROLLOUT_BYTES}: pass a smaller n_steps."
         )
-
-
-# ---------------------------------------------------------------------- VecNormalize
 
 
 def _read_statistics(tensors: dict[str, th.Tensor], settings: dict[str, Any] | None) -> dict[str, RunningMeanStd]:

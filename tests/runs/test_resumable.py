@@ -6,7 +6,7 @@ from typing import Any
 
 import sb3_dppo.runs
 from sb3_dppo import DPPO
-from sb3_dppo.runs.resumable import constructor_arguments
+from sb3_dppo.runs.names import constructor_arguments
 from tests.runs.shared_folders import make_model
 
 
