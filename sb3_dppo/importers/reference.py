@@ -158,9 +158,7 @@ def _infer_architecture(denoiser: Tensors, critic: Tensors) -> dict[str, Any]:
     mlp = _select(denoiser, "mlp_mean.")
     encoder = _select(denoiser, "cond_mlp.")
     inferred: dict[str, Any] = dict(
-        net_arch=dict(pi=_widths(mlp)[:-1]),
-        residual=_is_residual(mlp),
-        layer_norm=_has_layer_norm(mlp),
+        net_arch=dict(pi=_widths(mlp)[:-1]), residual=_is_residual(mlp), layer_norm=_has_layer_norm(mlp)
     )
     if "time_embedding.3.bias" in denoiser:
         inferred["time_dim"] = denoiser["time_embedding.3.bias"].numel()

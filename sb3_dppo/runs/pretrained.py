@@ -30,8 +30,7 @@ def read_pretrained(model: Any, path: str) -> dict[str, th.Tensor]:
     for name, value in model.policy_kwargs.items():
         if name not in data["policy_kwargs"] or data["policy_kwargs"][name] != value:
             warnings.warn(
-                f"policy_kwargs[{name!r}]={value} is ignored: the architecture is that of pretrained={path!r}.",
-                stacklevel=3,
+                f"policy_kwargs[{name!r}]={value} is ignored: the architecture is that of pretrained={path!r}.", stacklevel=3
             )
     model.policy_kwargs = data["policy_kwargs"]
     model.pretrained_on_demonstrations = data.get("pretrained_on_demonstrations", False)

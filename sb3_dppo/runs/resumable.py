@@ -94,12 +94,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
             )
 
     def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        reset_num_timesteps: bool = True,
-        *args: Any,
-        **kwargs: Any,
+        self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
         run_state, self._run_state, self._rollout_start = self._run_state, None, None
         if run_state is not None and not reset_num_timesteps:
