@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
@@ -162,8 +161,7 @@ class DPPO(DecisionRollouts):
         if env is not None:
             env = maybe_make_env(env, verbose)
             arguments.check_action_space(env.action_space)
-            if isinstance(env.observation_space, spaces.Tuple):
-                check_observation_space(env.observation_space, None)
+            check_observation_space(env.observation_space, None)
         if not isinstance(policy, str) and not issubclass(policy, DiffusionActorCriticPolicy):
             raise ValueError(f"policy={policy.__name__} is not a diffusion policy: choose one of {list(self.policy_aliases)}.")
         super().__init__(

@@ -200,7 +200,7 @@ class MlpDenoiser(Denoiser):
         if time_dim < 4 or time_dim % 2 != 0:
             raise ValueError(f"time_dim={time_dim} must be even and at least 4.")
 
-        mlp = dict(activation_fn=nn.ReLU, residual=True) | mlp
+        mlp = {"activation_fn": nn.ReLU, "residual": True, **mlp}
         sinusoids = get_timestep_embedding(th.arange(denoising_steps), time_dim, downscale_freq_shift=1)
         self.register_buffer("sinusoids", sinusoids, persistent=False)
         self.time_mlp = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Mish(), nn.Linear(2 * time_dim, time_dim))
