@@ -164,7 +164,7 @@ def test_a_short_training_returns_what_it_learned() -> None:
 def test_chunks_are_gathered_for_a_minibatch_only(monkeypatch: pytest.MonkeyPatch) -> None:
     n = 100_000
     demonstrations = Demonstrations(np.zeros((n, 3), np.float32), np.zeros((n, 2), np.float32), np.array([n]))
-    kwargs: dict[str, Any] = dict(policy_kwargs=dict(SMALL, horizon=16), n_steps=32, device="cpu")
+    kwargs: dict[str, Any] = dict(policy_kwargs=dict(SMALL, horizon=16), n_steps=16, normalize_advantage=False, device="cpu")
     model = DPPO("DiffusionMlpPolicy", CountingEnv(), **kwargs)
     held = []
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sb3_dppo import Demonstrations, load_demonstrations
 from tests.damage import EDITS, TREE_EDITS, Target, Trap, edit_bytes, edit_tree, edit_zip, fuzz
-from tests.demonstrations.test_demonstrations import arrays, lerobot_frames, write_lerobot, write_robomimic
+from tests.demonstrations.files import arrays, lerobot_frames, write_lerobot, write_robomimic
 
 HEADERS = st.fixed_dictionaries(
     dict(

@@ -211,7 +211,9 @@ class MlpDenoiser(Denoiser):
         chunk_dim = horizon * action_dim
         self.input_sizes = [chunk_dim, time_dim, features_dim]
         self.mlp = make_mlp(sum(self.input_sizes), chunk_dim, net_arch, **mlp)
-        self._widths = list(net_arch[: sum(self._is_modulated(layer) for layer in self.mlp)])
+        # Activations and residual blocks, whose inputs are modulated.
+        self._modulated = [not isinstance(layer, (nn.Linear, nn.LayerNorm)) for layer in self.mlp]
+        self._widths = list(net_arch[: sum(self._modulated)])
         self.film = None
         if film:
             if not self._widths:
@@ -241,10 +243,6 @@ class MlpDenoiser(Denoiser):
 
         return [partial(predict, time_part) for time_part in time_parts.unbind()]
 
-    @staticmethod
-    def _is_modulated(layer: nn.Module) -> bool:
-        return not isinstance(layer, (nn.Linear, nn.LayerNorm))
-
     def encode(self, features: th.Tensor) -> th.Tensor:
         return self.obs_encoder(features)
 
@@ -258,8 +256,8 @@ class MlpDenoiser(Denoiser):
         modulation = self.film(inputs[:, self.input_sizes[0] :])
         scales, shifts = (iter(part.split(self._widths, dim=1)) for part in modulation.chunk(2, dim=1))
         hidden = inputs
-        for layer in self.mlp:
-            if self._is_modulated(layer):
+        for layer, modulated in zip(self.mlp, self._modulated, strict=True):
+            if modulated:
                 hidden = th.addcmul(hidden + next(shifts), hidden, next(scales))
             hidden = layer(hidden)
         return hidden.view_as(sample)
