@@ -23,9 +23,8 @@ SelfResumable = TypeVar("SelfResumable", bound="ResumableAlgorithm")
 
 def constructor_arguments(cls: type) -> dict[str, Any]:
     """
-    :param cls: A class.
-    :return: The annotations of its constructor's arguments by name, with those of the classes that it hands ``**kwargs`` to,
-        up to the algorithm itself.
+    The annotations of a class's constructor's arguments by name, with those of the classes that it hands ``**kwargs`` to, up
+    to the algorithm itself.
     """
     arguments: dict[str, Any] = {}
     for base in cls.__mro__:
@@ -39,12 +38,7 @@ def constructor_arguments(cls: type) -> dict[str, Any]:
 
 
 def refuse_unknown(function: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """
-    :param function: What was called.
-    :param given: Names of arguments.
-    :param known: Those that it takes.
-    :raises TypeError: for one that is not known, naming the one that was probably meant.
-    """
+    """Refuse arguments that the function doesn't take, naming the one that was probably meant."""
     known = sorted(known)
     for name in given:
         if name not in known:
@@ -74,11 +68,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         self._run_state: RunState | None = None
 
     def _check_before_learning(self) -> None:
-        """
-        Check what only matters for training: a loaded model may have another number of envs, or never be trained.
-
-        :raises ValueError: naming the argument.
-        """
+        """Check what only matters for training: a loaded model may have another number of envs, or never be trained."""
 
     # ------------------------------------------------------------------ a run
 
@@ -114,28 +104,13 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         :raises ValueError: for settings that can't be trained with, or an env that returns NaN
         """
         if self.env is None:
-            name = type(self).__name__
-            raise ValueError(
-                f"The model has no env to learn in: pass env to {name}.load(path, env=env), or call set_env(env)."
-            )
+            raise ValueError("The model has no env to learn in: load it with load(path, env=env), or call set_env(env).")
         self._check_before_learning()
         with interruptible(self._describe_interruption), EnvGuard(self):
-            return super().learn(
-                total_timesteps=int(total_timesteps),
-                callback=callback,
-                log_interval=log_interval,
-                tb_log_name=tb_log_name,
-                reset_num_timesteps=reset_num_timesteps,
-                progress_bar=progress_bar,
-            )
+            return super().learn(int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        reset_num_timesteps: bool = True,
-        *args: Any,
-        **kwargs: Any,
+        self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
         run_state, self._run_state, self._rollout_start = self._run_state, None, None
         if run_state is not None and not reset_num_timesteps:
@@ -163,26 +138,18 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         self._rollout_start = None
 
     def _check_step(self, obs: Any, rewards: Any) -> None:
-        """
-        :param obs: What the env returned: wrappers may have made NaN of what :class:`EnvGuard` has seen below them.
-        :param rewards: The rewards.
-        :raises ValueError: naming the env, if one of them is NaN or infinite.
-        """
+        """Refuse NaN and infinity that wrappers have made of what :class:`EnvGuard` has seen below them."""
         if changes_numbers(self.env):  # type: ignore[arg-type]
             when = self.describe_env_step()
             check_finite("observation", obs, when)
             check_finite("reward", rewards, when)
 
     def describe_env_step(self) -> str:
-        """
-        :return: Which env step is being made, for errors.
-        """
+        """Which env step is being made, for errors."""
         return f"after env step {self.num_timesteps // self.n_envs + 1} (num_timesteps={self.num_timesteps})"
 
     def _describe_interruption(self) -> str:
-        """
-        :return: Where training is, for the one who interrupts it.
-        """
+        """Where training is, for the one who interrupts it."""
         where = f"Training was interrupted after {self.num_timesteps} env steps"
         if self._rollout_start is None:
             return f"{where}, in an update: a model saved now holds a part of it. Checkpoints go on exactly."
@@ -231,11 +198,10 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         """
         super().set_parameters(load_path_or_dict, exact_match=exact_match, device=device)
         # How an optimiser runs belongs to this machine and not to the file.
+        flags = {"fused", "foreach", "capturable"}
         for optimizer in self.policy.optimizers:
             for group in optimizer.param_groups:
-                group.update(
-                    {flag: optimizer.defaults.get(flag) for flag in ("fused", "foreach", "capturable") if flag in group}
-                )
+                group.update({flag: optimizer.defaults.get(flag) for flag in flags & group.keys()})
 
     @classmethod
     def load(  # type: ignore[override]
