@@ -115,9 +115,9 @@ class EnvGuard:
         """Wait for the envs' step, and see what came."""
         obs, rewards, dones, infos = self._step_wait()
         bad = ~(are_finite(obs) & are_finite(rewards))
-        for env_index in np.flatnonzero(dones):
-            if "terminal_observation" in infos[env_index]:
-                bad[env_index] |= not are_finite(stack([infos[env_index]["terminal_observation"]]))[0]
+        for ended in np.flatnonzero(dones):
+            if "terminal_observation" in infos[ended]:
+                bad[ended] |= not are_finite(stack([infos[ended]["terminal_observation"]]))[0]
         if bad.any():
             if self.model.on_bad_env == "raise":
                 when = self.model.describe_env_step()

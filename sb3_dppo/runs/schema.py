@@ -39,6 +39,7 @@ SCHEDULERS = (
     *("DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"),
     *("EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "LCMScheduler", "TCDScheduler"),
 )
+SCHEDULER_NAMES = ("ddpm", "ddim", *SCHEDULERS)
 # What a sampler takes from the denoiser.
 FROM_DENOISER = "num_train_timesteps beta_schedule trained_betas prediction_type clip_sample clip_sample_range".split()
 # Constructor arguments that belong to a run or to a machine, or that stand elsewhere in the configuration.
@@ -61,7 +62,7 @@ Widths = Annotated[list[Size], Field(max_length=MAX_ITEMS)]
 # What annotations don't say.
 SPECIAL: dict[str, Any] = dict(denoising_steps=Steps, inference_steps=Steps | None, ft_denoising_steps=Steps | None)
 SPECIAL |= dict(horizon=Size, depth=Layers, net_arch=make_fields("NetArch", dict(pi=Widths, vf=Widths)))
-SPECIAL["scheduler"] = Literal[("ddpm", "ddim", *SCHEDULERS)] | dict[Name, Any]  # type: ignore[valid-type]
+SPECIAL["scheduler"] = Literal[SCHEDULER_NAMES] | dict[Name, Any]
 TRAINING = dict(num_timesteps=Count, n_rollouts=Count, n_updates=Count, pretrained_on_demonstrations=Flag)
 TRAINING |= dict.fromkeys(("progress_remaining", "reward_mean", "reward_var", "reward_count"), Finite)
 

@@ -23,7 +23,6 @@ from stable_baselines3.common import utils
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, VecTransposeImage, unwrap_vec_normalize
 
 from sb3_dppo._version import __version__
@@ -153,9 +152,7 @@ def _encode(name: str, value: Any) -> Any:
     )
 
 
-def from_pretrained(
-    algorithm: Any, folder: str | Path, env: GymEnv | str | None, device: th.device | str, kwargs: dict[str, Any]
-) -> Any:
+def from_pretrained(algorithm: Any, folder: str | Path, env: Any, device: th.device | str, kwargs: dict[str, Any]) -> Any:
     """See :meth:`sb3_dppo.DPPO.from_pretrained`."""
     if "policy_kwargs" in kwargs:
         raise TypeError("policy_kwargs can't be passed to from_pretrained: the architecture is that of the folder's weights.")
@@ -253,7 +250,7 @@ def _make_model(algorithm: Any, config: dict[str, Any], env: VecEnv | None, devi
     for name, attribute in ATTRIBUTES.items():
         setattr(model, attribute, training[name])
     # The rollout buffer's decisions, and the bytes of each: a stranger's configuration may ask for any amount.
-    horizon, parts = policy_kwargs["horizon"], parts_of_space(model.observation_space).values()
+    horizon, parts = policy_kwargs["horizon"], dict[str, Any](parts_of_space(model.observation_space)).values()
     decisions = model.n_steps // max(1, model.act_steps or horizon)
     n_bytes = sum(math.prod(part.shape) * min(4, part.dtype.itemsize) for part in parts)
     n_bytes += 4 * (policy_kwargs["denoising_steps"] + 1) * horizon * (math.prod(model.action_space.shape) + 1)
