@@ -11,9 +11,8 @@ from sb3_dppo.runs.faults import has_attr
 
 
 def make_card(model: Any, config: dict[str, Any]) -> str:
-    """A model card: Markdown after YAML, as model hubs read it."""
-    env = model.env
-    spec = env.get_attr("spec")[0] if env is not None and has_attr(env, "spec") else None
+    """The model's card: Markdown after YAML, as model hubs read it."""
+    spec = model.env.get_attr("spec")[0] if model.env is not None and has_attr(model.env, "spec") else None
     env_id = getattr(spec, "id", None)
     tags = ["reinforcement-learning", "diffusion-policy", "dppo", "stable-baselines3", *([env_id] if env_id else [])]
     metadata = dict(library_name="sb3-dppo", pipeline_tag="reinforcement-learning", tags=tags)
@@ -22,10 +21,7 @@ def make_card(model: Any, config: dict[str, Any]) -> str:
     if training["pretrained_on_demonstrations"]:
         how = f"demonstrations (behaviour cloning), then {how}"
     hyperparameters = json.dumps({name: config[name] for name in ("policy_kwargs", "arguments")}, indent=2, ensure_ascii=False)
-    usage_env = json.dumps(env_id) if env_id else "env"
-    normalized = ""
-    if config["vec_normalize"] is not None:
-        normalized = "\nIts `VecNormalize` statistics are in the folder: `from_pretrained` wraps `env` in it.\n"
+    normalized = "\nIts `VecNormalize` statistics are in the folder: `from_pretrained` wraps `env` in it.\n"
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---
 
@@ -47,11 +43,11 @@ Stable-Baselines3. The folder holds numbers and text, nothing that is executed.
 from sb3_dppo import DPPO
 from stable_baselines3.common.evaluation import evaluate_policy
 
-model = DPPO.from_pretrained("path/of/this/folder", env={usage_env})
+model = DPPO.from_pretrained("path/of/this/folder", env={json.dumps(env_id) if env_id else "env"})
 print(evaluate_policy(model, model.get_env(), n_eval_episodes=10))
 model.learn(100_000, reset_num_timesteps=False)  # training goes on
 ```
-{normalized}
+{normalized if config["vec_normalize"] is not None else ""}
 ## Results
 
 None were recorded: see the usage above for how to measure them.

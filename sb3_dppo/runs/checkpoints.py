@@ -19,35 +19,24 @@ class RunState:
     """
     Where a run stands between two rollouts, besides what Stable-Baselines3 saves. The policy does not change in a rollout, so
     with this a model that is saved in the middle of one goes on at its start.
-
-    :param num_timesteps: Env steps so far.
-    :param progress_remaining: From 1 to 0.
-    :param reward_scaler: Running statistics of the rewards.
-    :param episode_infos: Last episodes' returns and lengths, for the logs.
-    :param episode_successes: Their successes.
-    :param generators: States of the random generators, see :func:`generator_states`. ``None`` leaves them alone.
-    :param normalization: Statistics of ``VecNormalize``, or ``None``.
-    :param env_states: What each env's ``get_resume_state()`` returned; ``None`` if they have no such method.
-    :param last_obs: What the policy sees next, if the envs are in that state.
-    :param last_episode_starts: Whether it is the first of an episode, shape (n_envs,).
     """
 
     num_timesteps: int
-    progress_remaining: float
+    progress_remaining: float  # from 1 to 0
     reward_scaler: RewardScaler
-    episode_infos: deque | None
+    episode_infos: deque | None  # last episodes' returns and lengths, for the logs
     episode_successes: deque | None
-    generators: dict[str, Any] | None
-    normalization: dict[str, Any] | None
-    env_states: list[Any] | None
-    last_obs: Any
-    last_episode_starts: np.ndarray | None
+    generators: dict[str, Any] | None  # see :func:`generator_states`; ``None`` leaves them alone
+    normalization: dict[str, Any] | None  # statistics of ``VecNormalize``
+    env_states: list[Any] | None  # what each env's ``get_resume_state()`` returned
+    last_obs: Any  # what the policy sees next, if the envs are in that state
+    last_episode_starts: np.ndarray | None  # whether it is the first of an episode, shape (n_envs,)
 
     @classmethod
     def of(cls, model: Any) -> "RunState":
-        """A copy of its state."""
+        """A copy of the state of a model between two rollouts."""
         vec_normalize = model.get_vec_normalize_env()
-        statistics = ("obs_rms", "ret_rms", "returns")
+        own = {} if vec_normalize is None else vars(vec_normalize)
         return cls(
             num_timesteps=model.num_timesteps,
             progress_remaining=model._current_progress_remaining,
@@ -55,9 +44,7 @@ class RunState:
             episode_infos=deepcopy(model.ep_info_buffer),
             episode_successes=deepcopy(model.ep_success_buffer),
             generators=generator_states(model),
-            normalization={name: deepcopy(value) for name, value in vars(vec_normalize).items() if name in statistics}
-            if vec_normalize is not None
-            else None,
+            normalization={name: deepcopy(own[name]) for name in ("obs_rms", "ret_rms", "returns") if name in own} or None,
             env_states=_env_states(model),
             last_obs=model._last_obs,
             last_episode_starts=model._last_episode_starts,
@@ -66,10 +53,8 @@ class RunState:
     def restore(self, model: Any) -> None:
         """
         Bring a loaded model and its env into this state. An env that can't be brought there is reset, with a seed that
-        follows from it, so that what comes depends on nothing else.
-
-        :param model: The model. If its ``_last_obs`` is there (it was loaded with ``force_reset=False``), its env is taken to
-            be where it was when the file was saved: in this state, unless that was in the middle of a rollout.
+        follows from it, so that what comes depends on nothing else. If the model's ``_last_obs`` is there (it was loaded with
+        ``force_reset=False``), its env is where it was when the file was saved: here, or further on in this rollout.
         """
         self._restore_around_env(model)
         if model._last_obs is not None:
@@ -93,9 +78,7 @@ class RunState:
             self._restore_around_env(model)
 
     def _restore_around_env(self, model: Any) -> None:
-        """
-        :param model: The model, all of whose state is restored but what its env and the counter of its steps know.
-        """
+        """Restore all of the model's state but what its env and the counter of its steps know."""
         model._current_progress_remaining = self.progress_remaining
         model.reward_scaler = self.reward_scaler
         model.ep_info_buffer, model.ep_success_buffer = self.episode_infos, self.episode_successes
@@ -110,7 +93,7 @@ class RunState:
 
 
 def _env_states(model: Any) -> list[Any] | None:
-    """What each env's ``get_resume_state()`` returns, or ``None``."""
+    """What each env's ``get_resume_state()`` returns; ``None`` if they have no such method."""
     if model.env is None or model._last_obs is None:
         return None
     try:
@@ -121,23 +104,18 @@ def _env_states(model: Any) -> list[Any] | None:
 
 def generator_states(model: Any) -> dict[str, Any]:
     """States of the global generators of Python, NumPy and PyTorch and of the policy's own."""
-    states = dict(
+    return dict(
         device=model.device.type,
         python=random.getstate(),
         numpy=np.random.get_state(),
         torch=th.get_rng_state(),
         policy=model.policy.generator.get_state(),
+        cuda=th.cuda.get_rng_state(model.device) if model.device.type == "cuda" else None,
     )
-    if model.device.type == "cuda":
-        states["cuda"] = th.cuda.get_rng_state(model.device)
-    return states
 
 
 def set_generator_states(model: Any, states: dict[str, Any]) -> None:
-    """
-    :param model: The model.
-    :param states: What :func:`generator_states` returned. On another device, that device's generators are left alone.
-    """
+    """Restore what :func:`generator_states` returned. On another device, that device's generators are left alone."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     th.set_rng_state(states["torch"])

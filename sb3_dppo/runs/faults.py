@@ -9,27 +9,20 @@ from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.vec_env import (
-    SubprocVecEnv,
-    VecEnv,
-    VecEnvWrapper,
-    VecExtractDictObs,
-    VecFrameStack,
-    VecMonitor,
-    VecTransposeImage,
-)
+from stable_baselines3.common import vec_env
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_dppo.features.observations import parts_of, stack, take
 
 # Wrappers that hand on the numbers that they get.
-HARMLESS_WRAPPERS = (VecExtractDictObs, VecFrameStack, VecMonitor, VecTransposeImage)
+HARMLESS_WRAPPERS = (vec_env.VecExtractDictObs, vec_env.VecFrameStack, vec_env.VecMonitor, vec_env.VecTransposeImage)
 
 ON_BAD_ENV = ("raise", "reset")
 
 
 def are_finite(values: Any) -> np.ndarray:
-    """Whether each has neither NaN nor infinity, shape (B,)."""
+    """Whether each of the observations or rewards, shape (B, ...), has neither NaN nor infinity, shape (B,)."""
     finite = np.ones(len(parts_of(values)[0]), dtype=bool)
     for part in map(np.asarray, parts_of(values)):
         if part.dtype.kind == "f":
@@ -38,19 +31,14 @@ def are_finite(values: Any) -> np.ndarray:
 
 
 def check_finite(name: str, values: Any, when: str) -> None:
-    """
-    :param name: What it is.
-    :param values: Observations or rewards of all envs.
-    :param when: Which env step this is.
-    :raises ValueError: naming the env and the step, if one is NaN or infinite.
-    """
+    """Refuse observations or rewards of all envs, shape (B, ...), of which one is NaN or infinite."""
     finite = are_finite(values)
     if not finite.all():
         raise _not_finite(name, int(np.argmin(finite)), when)
 
 
 def changes_numbers(env: VecEnv) -> bool:
-    """Whether what comes out of it may be NaN or infinite although what :class:`EnvGuard` saw was not."""
+    """Whether what comes out of the env may be NaN or infinite although what :class:`EnvGuard` saw was not."""
     while isinstance(env, VecEnvWrapper):
         if type(env) not in HARMLESS_WRAPPERS:
             return True
@@ -59,7 +47,7 @@ def changes_numbers(env: VecEnv) -> bool:
 
 
 def has_attr(env: VecEnv, name: str) -> bool:
-    """Whether all its copies have it. Of a ``VecEnv`` that can't tell, they have not."""
+    """Whether all copies of the env have the attribute or method. Of a ``VecEnv`` that can't tell, they have not."""
     try:
         return env.has_attr(name)
     except NotImplementedError:
@@ -118,32 +106,18 @@ class EnvGuard:
             raise RuntimeError(death) from error
 
     def reset(self) -> VecEnvObs:
-        """
-        Reset all envs.
-
-        :return: Their observations.
-        :raises ValueError: if one is NaN or infinite.
-        """
+        """Reset all envs, and see what came."""
         self._good_obs = self._reset()
         check_finite("observation", self._good_obs, "after reset()")
         return self._good_obs
 
     def step_wait(self) -> VecEnvStepReturn:
-        """
-        Wait for the envs' step, and see what came.
-
-        :return: Observations, rewards, whether episodes have ended, and further information.
-        :raises ValueError: if something is NaN or infinite, unless its env was reset.
-        """
+        """Wait for the envs' step, and see what came."""
         obs, rewards, dones, infos = self._step_wait()
-        last_obs = {
-            int(i): stack([infos[i]["terminal_observation"]])
-            for i in np.flatnonzero(dones)
-            if "terminal_observation" in infos[i]
-        }
         bad = ~(are_finite(obs) & are_finite(rewards))
-        for env_index, last in last_obs.items():
-            bad[env_index] |= not are_finite(last)[0]
+        for ended in np.flatnonzero(dones):
+            if "terminal_observation" in infos[ended]:
+                bad[ended] |= not are_finite(stack([infos[ended]["terminal_observation"]]))[0]
         if bad.any():
             if self.model.on_bad_env == "raise":
                 when = self.model.describe_env_step()
@@ -163,10 +137,7 @@ class EnvGuard:
         return obs, rewards, dones, infos
 
     def _reset_env(self, env_index: int, obs: VecEnvObs) -> None:
-        """
-        :param env_index: Which env to reset.
-        :param obs: Observations of all envs, among which the first one of its new episode comes.
-        """
+        """Reset one env, and put the first observation of its new episode among those of all envs."""
         if self.model.n_bad_env_resets == 0:
             warnings.warn(
                 f"Env {env_index} returned NaN or infinity and was reset {self.model.describe_env_step()}. Resets are counted "
@@ -186,7 +157,7 @@ class EnvGuard:
 
 
 def describe_death(env: SubprocVecEnv) -> str | None:
-    """Which process has died, and of what; ``None`` if none has."""
+    """Which of the env's processes has died, and of what; ``None`` if none has."""
     wait([process.sentinel for process in env.processes], timeout=2)
     for env_index, process in enumerate(env.processes):
         code = process.exitcode
@@ -201,9 +172,7 @@ def describe_death(env: SubprocVecEnv) -> str | None:
 
 
 def end_processes(env: SubprocVecEnv) -> None:
-    """
-    :param env: The env, which can't be used afterwards.
-    """
+    """Kill the processes of an env, which can't be used afterwards."""
     env.closed, env.waiting = True, False
     for process in env.processes:
         process.kill()
@@ -215,12 +184,7 @@ def end_processes(env: SubprocVecEnv) -> None:
 
 @contextmanager
 def interruptible(describe: Callable[[], str]) -> Iterator[None]:
-    """
-    Let SIGTERM interrupt as Ctrl-C does, unless the program handles it, and let the ``KeyboardInterrupt`` say where.
-
-    :param describe: Returns what to say.
-    :return: A context for a long computation.
-    """
+    """Let SIGTERM interrupt as Ctrl-C does, unless the program handles it, and let the ``KeyboardInterrupt`` say where."""
     in_charge = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
     def interrupt(*_: Any) -> None:

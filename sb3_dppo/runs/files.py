@@ -11,12 +11,8 @@ from typing import BinaryIO
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """
-    Write a file under another name in the same folder, and rename it when it is complete and on the disk: whatever happens,
-    the path holds the new file or what was there before.
-
-    :param path: Path of the file. Folders are created.
-    :return: A context with the open file.
-    :raises OSError: if it can't be written, for instance because the disk is full.
+    Write a file, and its folders, under another name in the same folder, and rename it when it is complete and on the disk:
+    whatever happens, the path holds the new file or what was there before.
     """
     given = Path(path)
     # A link stays one.

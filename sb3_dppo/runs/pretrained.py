@@ -8,14 +8,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 
 
 def read_pretrained(model: Any, path: str) -> dict[str, th.Tensor]:
-    """
-    Take over the architecture of a saved model.
-
-    :param model: A new model, not set up yet.
-    :param path: Path of the saved one.
-    :return: The state dict of its policy.
-    :raises ValueError: if it is of another policy class or of an env with other spaces.
-    """
+    """The state dict of a saved model's policy, whose architecture a new model, not set up yet, takes over."""
     data, params, _ = load_from_zip_file(path, device=model.device)
     if not data or "policy_class" not in data:
         raise ValueError(f"pretrained={path!r} is not a saved DPPO model.")

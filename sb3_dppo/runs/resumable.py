@@ -40,11 +40,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         self._run_state: RunState | None = None
 
     def _check_before_learning(self) -> None:
-        """
-        Check what only matters for training: a loaded model may have another number of envs, or never be trained.
-
-        :raises ValueError: naming the argument.
-        """
+        """Check what only matters for training: a loaded model may have another number of envs, or never be trained."""
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
@@ -78,20 +74,10 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         :raises ValueError: for settings that can't be trained with, or an env that returns NaN
         """
         if self.env is None:
-            name = type(self).__name__
-            raise ValueError(
-                f"The model has no env to learn in: pass env to {name}.load(path, env=env), or call set_env(env)."
-            )
+            raise ValueError("The model has no env to learn in: load it with load(path, env=env), or call set_env(env).")
         self._check_before_learning()
         with interruptible(self._describe_interruption), EnvGuard(self):
-            return super().learn(
-                total_timesteps=int(total_timesteps),
-                callback=callback,
-                log_interval=log_interval,
-                tb_log_name=tb_log_name,
-                reset_num_timesteps=reset_num_timesteps,
-                progress_bar=progress_bar,
-            )
+            return super().learn(int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any, **kwargs: Any
@@ -122,11 +108,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         self._rollout_start = None
 
     def _check_step(self, obs: Any, rewards: Any) -> None:
-        """
-        :param obs: What the env returned: wrappers may have made NaN of what :class:`EnvGuard` has seen below them.
-        :param rewards: The rewards.
-        :raises ValueError: naming the env, if one of them is NaN or infinite.
-        """
+        """Refuse NaN and infinity that wrappers have made of what :class:`EnvGuard` has seen below them."""
         if changes_numbers(self.env):  # type: ignore[arg-type]
             when = self.describe_env_step()
             check_finite("observation", obs, when)
@@ -178,11 +160,10 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         """Load parameters from a zip file or a nested dictionary, see ``BaseAlgorithm.set_parameters``."""
         super().set_parameters(load_path_or_dict, exact_match=exact_match, device=device)
         # How an optimiser runs belongs to this machine and not to the file.
+        flags = {"fused", "foreach", "capturable"}
         for optimizer in self.policy.optimizers:
             for group in optimizer.param_groups:
-                group.update(
-                    {flag: optimizer.defaults.get(flag) for flag in ("fused", "foreach", "capturable") if flag in group}
-                )
+                group.update({flag: optimizer.defaults.get(flag) for flag in flags & group.keys()})
 
     @classmethod
     def load(  # type: ignore[override]

@@ -23,26 +23,16 @@ from sb3_dppo.runs.spaces import MAX_ITEMS, Finite, Infinity, Space, make_fields
 
 CONFIG_FILE, FORMAT = "config.json", "sb3-dppo 1"
 MAX_SIZE = 2**14  # widths, channels, the horizon
-MAX_DENOISING_STEPS = 1000
 MAX_INTEGER = 2**63
 
 # What a configuration may name. A class of a user's own can't be shared without its code.
+ACTIVATIONS = "CELU ELU GELU Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish PReLU ReLU ReLU6 SELU Sigmoid SiLU "
+ACTIVATIONS += "Softplus Softsign Tanh Tanhshrink"
+OPTIMIZERS = "ASGD Adadelta Adafactor Adagrad Adam AdamW Adamax NAdam RAdam RMSprop Rprop SGD"
 CLASSES: dict[type, Mapping[str, type]] = {
-    nn.Module: {
-        name: getattr(nn, name)
-        for name in (
-            *("CELU", "ELU", "GELU", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyReLU", "LogSigmoid", "Mish", "PReLU"),
-            *("ReLU", "ReLU6", "SELU", "Sigmoid", "SiLU", "Softplus", "Softsign", "Tanh", "Tanhshrink"),
-        )
-    },
+    nn.Module: {name: getattr(nn, name) for name in ACTIVATIONS.split()},
     BaseFeaturesExtractor: EXTRACTORS,
-    th.optim.Optimizer: {
-        name: getattr(th.optim, name)
-        for name in (
-            *("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop"),
-            "SGD",
-        )
-    },
+    th.optim.Optimizer: {name: getattr(th.optim, name) for name in OPTIMIZERS.split()},
 }
 # Whose constructors take nothing but numbers and names.
 SCHEDULERS = (
@@ -51,9 +41,7 @@ SCHEDULERS = (
 )
 SCHEDULER_NAMES = ("ddpm", "ddim", *SCHEDULERS)
 # What a sampler takes from the denoiser.
-DENOISER_OPTIONS = {
-    *("num_train_timesteps", "beta_schedule", "trained_betas", "prediction_type", "clip_sample", "clip_sample_range")
-}
+FROM_DENOISER = "num_train_timesteps beta_schedule trained_betas prediction_type clip_sample clip_sample_range".split()
 # Constructor arguments that belong to a run or to a machine, or that stand elsewhere in the configuration.
 NOT_SHARED = {
     *("policy", "env", "policy_kwargs", "pretrained", "rollout_buffer_class", "rollout_buffer_kwargs", "tensorboard_log"),
@@ -62,7 +50,7 @@ NOT_SHARED = {
 NOT_POLICY_KWARGS = {"observation_space", "action_space", "lr_schedule", "use_sde"}
 REQUIRED = ("features_extractor_class", "optimizer_class", "horizon", "denoising_steps", "net_arch")
 
-Steps = Annotated[int, Field(strict=True, ge=1, le=MAX_DENOISING_STEPS)]
+Steps = Annotated[int, Field(strict=True, ge=1, le=1000)]
 Layers = Annotated[int, Field(strict=True, ge=1, le=MAX_ITEMS)]
 Size = Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE)]
 Count = Annotated[int, Field(strict=True, ge=0, le=MAX_INTEGER)]
@@ -72,21 +60,15 @@ Flag = Annotated[bool, Field(strict=True)]
 Schedule = Finite | Annotated[str, Field(pattern=r"^(lin_)?[0-9.eE+-]+$", max_length=40)]
 Widths = Annotated[list[Size], Field(max_length=MAX_ITEMS)]
 # What annotations don't say.
-SPECIAL: dict[str, Any] = dict(
-    denoising_steps=Steps,
-    inference_steps=Steps | None,
-    ft_denoising_steps=Steps | None,
-    horizon=Size,
-    depth=Layers,
-    net_arch=make_fields("NetArch", dict(pi=Widths, vf=Widths)),
-    scheduler=Literal[SCHEDULER_NAMES] | dict[Name, Any],
-)
+SPECIAL: dict[str, Any] = dict(denoising_steps=Steps, inference_steps=Steps | None, ft_denoising_steps=Steps | None)
+SPECIAL |= dict(horizon=Size, depth=Layers, net_arch=make_fields("NetArch", dict(pi=Widths, vf=Widths)))
+SPECIAL["scheduler"] = Literal[SCHEDULER_NAMES] | dict[Name, Any]
 TRAINING = dict(num_timesteps=Count, n_rollouts=Count, n_updates=Count, pretrained_on_demonstrations=Flag)
 TRAINING |= dict.fromkeys(("progress_remaining", "reward_mean", "reward_var", "reward_count"), Finite)
 
 
 def bounded(hint: Any, largest: int = MAX_SIZE) -> Any:
-    """The type of what stands for it in JSON, strict and bounded; ``None``, that of null, if nothing does."""
+    """The type of what stands for an annotation in JSON, strict and bounded; ``None``, that of null, if nothing does."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if any(get_origin(option) is Callable for option in inner):
@@ -110,25 +92,18 @@ def bounded(hint: Any, largest: int = MAX_SIZE) -> Any:
     return {int: integer, float: Finite | Infinity, str: Name, bool: Flag}.get(hint)
 
 
-NORMALIZATION = {
-    name: bounded(hint, MAX_INTEGER)
-    for name, hint in constructor_arguments(VecNormalize).items()
-    if name not in ("venv", "training")
-}
+NORMALIZATION = {name: bounded(hint, MAX_INTEGER) for name, hint in constructor_arguments(VecNormalize).items()}
+del NORMALIZATION["venv"], NORMALIZATION["training"]
 
 
 def _some_of(hints: Mapping[str, Any], excluded: Collection[str] = (), largest: int = MAX_SIZE) -> Any:
-    """The type of some of the others."""
-    fields = {
-        name: SPECIAL[name] if name in SPECIAL else bounded(hint, largest)
-        for name, hint in hints.items()
-        if name not in excluded
-    }
+    """The type of a constructor's arguments in JSON, of which those that are not required may be absent."""
+    fields = {name: SPECIAL.get(name) or bounded(hint, largest) for name, hint in hints.items() if name not in excluded}
     return make_fields("Arguments", {name: hint if name in REQUIRED else NotRequired[hint] for name, hint in fields.items()})
 
 
 def names_of(algorithm: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The annotations of those arguments of an algorithm, and of its policies, that are shared."""
+    """The annotations of the algorithm's arguments, and of its policies', that are shared."""
     own, policy = constructor_arguments(algorithm), dict[str, Any]()
     for policy_class in algorithm.policy_aliases.values():
         policy |= constructor_arguments(policy_class)
@@ -139,26 +114,18 @@ def names_of(algorithm: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 @cache
 def _config_of(algorithm: Any) -> Any:
     arguments, policy_kwargs = names_of(algorithm)
-    return make_fields(
-        "Config",
-        dict(
-            format=Literal[FORMAT],  # type: ignore[valid-type]
-            sb3_dppo_version=Name,
-            policy=Literal[tuple(algorithm.policy_aliases)],
-            observation_space=Space,
-            action_space=Space,
-            policy_kwargs=_some_of(policy_kwargs),
-            # Folders of before may have "compile", which is not heeded: a stranger's would start a compiler.
-            arguments=_some_of({"compile": bool | str, **arguments}, largest=MAX_INTEGER),
-            training=make_fields("Training", TRAINING),
-            vec_normalize=make_fields("Normalization", NORMALIZATION) | None,
-            weights_sha256=Name,
-        ),
-    )
+    fields: dict[str, Any] = dict.fromkeys(("sb3_dppo_version", "weights_sha256"), Name)
+    fields |= dict(format=Literal[FORMAT], policy=Literal[tuple(algorithm.policy_aliases)])  # type: ignore[valid-type]
+    fields |= dict(observation_space=Space, action_space=Space, policy_kwargs=_some_of(policy_kwargs))
+    # Folders of before may have "compile", which is not heeded: a stranger's would start a compiler.
+    fields["arguments"] = _some_of({"compile": bool | str, **arguments}, largest=MAX_INTEGER)
+    fields["vec_normalize"] = make_fields("Normalization", NORMALIZATION) | None
+    fields["training"] = make_fields("Training", TRAINING)
+    return make_fields("Config", fields)
 
 
 def read_config(algorithm: Any, config: Any) -> dict[str, Any]:
-    """A configuration, with classes and spaces for what stands for them."""
+    """The configuration, from JSON, with classes and spaces for what stands for them; errors name the field."""
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{CONFIG_FILE} does not have the format {FORMAT!r}: it is of another program or another version.")
     config = read(_config_of(algorithm), config)
@@ -172,13 +139,13 @@ def read_config(algorithm: Any, config: Any) -> dict[str, Any]:
         import diffusers
 
         name = read(Literal[SCHEDULERS], scheduler.pop("_class_name", None), f"{path}['_class_name']")
-        options = _some_of(constructor_arguments(getattr(diffusers, name)), DENOISER_OPTIONS)
+        options = _some_of(constructor_arguments(getattr(diffusers, name)), FROM_DENOISER)
         config["arguments"]["scheduler"] = {"_class_name": name, **read(options, scheduler, path)}
     return config
 
 
 def read(kind: Any, value: Any, path: str = "") -> Any:
-    """A value as a type makes it; the ``ValueError`` of one that is not of it says where it stands."""
+    """The value, from JSON, as this type makes it. Errors name the field, which stands at this path of the configuration."""
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:

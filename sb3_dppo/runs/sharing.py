@@ -13,46 +13,32 @@ import reprlib
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch as th
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from stable_baselines3.common import utils
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.utils import (
-    ConstantSchedule,
-    FloatSchedule,
-    LinearSchedule,
-    check_for_correct_spaces,
-    get_device,
-)
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, VecTransposeImage, unwrap_vec_normalize
 
 from sb3_dppo._version import __version__
 from sb3_dppo.features.observations import parts_of_space
 from sb3_dppo.runs.card import make_card
-from sb3_dppo.runs.schema import (
-    CLASSES,
-    CONFIG_FILE,
-    DENOISER_OPTIONS,
-    FORMAT,
-    NORMALIZATION,
-    SCHEDULERS,
-    names_of,
-    read_config,
-)
+from sb3_dppo.runs.schema import CLASSES, CONFIG_FILE, FORMAT, FROM_DENOISER, NORMALIZATION, SCHEDULERS, names_of, read_config
 from sb3_dppo.runs.spaces import describe_space
 from sb3_dppo.schedules import DecaySchedule
 
-SelfAlgorithm = TypeVar("SelfAlgorithm", bound=OnPolicyAlgorithm)
-
 WEIGHTS_FILE, CARD_FILE = "model.safetensors", "README.md"
+MOMENTS = ("mean", "var", "count")  # of running statistics
 MAX_JSON_BYTES = 2**20  # of the configuration, and of the header of the weights
 MAX_ROLLOUT_BYTES = 2**29  # per env
+# What a folder keeps of training, and how a model calls it.
+ATTRIBUTES = {name: name for name in ("num_timesteps", "n_rollouts", "pretrained_on_demonstrations")}
+ATTRIBUTES |= dict(n_updates="_n_updates", progress_remaining="_current_progress_remaining")
 
 
 def save_pretrained(model: OnPolicyAlgorithm, folder: str | Path) -> None:
@@ -61,18 +47,15 @@ def save_pretrained(model: OnPolicyAlgorithm, folder: str | Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is a file: choose another name.")
     config = _make_config(model)
-    tensors = {f"policy.{name}": value for name, value in _policy_tensors(model.policy).items()}
-    vec_normalize = model.get_vec_normalize_env()
-    if vec_normalize is not None:
-        tensors |= _statistics(vec_normalize)
+    tensors = _policy_tensors(model.policy) | _statistics(model.get_vec_normalize_env())
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     # In a folder beside it and renamed, so that an interruption leaves what was there before.
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
     unfinished.mkdir()
     try:
-        contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         # Not by save_file, which makes files that nobody else may read.
-        (unfinished / WEIGHTS_FILE).write_bytes(save(contiguous, metadata={"format": "pt"}))
+        (unfinished / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
         config["weights_sha256"] = _sha256(unfinished / WEIGHTS_FILE)
         text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
         if len(text.encode()) > MAX_JSON_BYTES:
@@ -91,23 +74,25 @@ def save_pretrained(model: OnPolicyAlgorithm, folder: str | Path) -> None:
 
 def _policy_tensors(policy: th.nn.Module) -> dict[str, th.Tensor]:
     # SB3 has the actor's features extractor under two names.
-    return {name: value for name, value in policy.state_dict().items() if not name.startswith("features_extractor.")}
+    own = {name: value for name, value in policy.state_dict().items() if not name.startswith("features_extractor.")}
+    return {f"policy.{name}": value for name, value in own.items()}
 
 
-def _statistics(vec_normalize: VecNormalize) -> dict[str, th.Tensor]:
-    statistics = {"ret_rms": vec_normalize.ret_rms}
-    if vec_normalize.norm_obs:
-        by_key = vec_normalize.obs_rms if isinstance(vec_normalize.obs_rms, dict) else {"": vec_normalize.obs_rms}
-        statistics |= {f"obs_rms{'.' if key else ''}{key}": value for key, value in by_key.items()}
+def _statistics(vec_normalize: VecNormalize | None) -> dict[str, th.Tensor]:
+    if vec_normalize is None:
+        return {}
+    obs_rms: Any = vec_normalize.obs_rms if vec_normalize.norm_obs else {}
+    by_key = {f"obs_rms.{key}": value for key, value in obs_rms.items()} if isinstance(obs_rms, dict) else {"obs_rms": obs_rms}
+    statistics = {"ret_rms": vec_normalize.ret_rms, **by_key}
     return {
         f"vec_normalize.{name}.{field}": th.as_tensor(np.array(getattr(value, field), dtype=np.float64))
         for name, value in statistics.items()
-        for field in ("mean", "var", "count")
+        for field in MOMENTS
     }
 
 
 def _make_config(model: Any) -> dict[str, Any]:
-    policy, vec_normalize, rewards = model.policy, model.get_vec_normalize_env(), model.reward_scaler.statistics
+    policy, wrapper, rewards = model.policy, model.get_vec_normalize_env(), model.reward_scaler.statistics
     names = [name for name, cls in model.policy_aliases.items() if cls is type(policy)]
     if not names:
         raise ValueError(
@@ -118,9 +103,7 @@ def _make_config(model: Any) -> dict[str, Any]:
     # All of them, and not only those that were given: defaults may change.
     parameters = policy._get_constructor_parameters()
     parameters = {name: parameters[name] for name in policy_kwargs if name in parameters} | dict(net_arch=policy.net_arch)
-    normalization = None
-    if vec_normalize is not None:
-        normalization = {name: _encode(name, getattr(vec_normalize, name)) for name in NORMALIZATION}
+    settings = {name: _encode(name, getattr(wrapper, name)) for name in NORMALIZATION} if wrapper is not None else None
     config = dict(
         format=FORMAT,
         sb3_dppo_version=__version__,
@@ -129,17 +112,9 @@ def _make_config(model: Any) -> dict[str, Any]:
         action_space=describe_space("action_space", model.action_space),
         policy_kwargs=_encode("policy_kwargs", parameters),
         arguments={name: _encode(name, getattr(model, name)) for name in arguments},
-        training=dict(
-            num_timesteps=model.num_timesteps,
-            n_rollouts=model.n_rollouts,
-            n_updates=model._n_updates,
-            progress_remaining=model._current_progress_remaining,
-            pretrained_on_demonstrations=model.pretrained_on_demonstrations,
-            reward_mean=float(rewards.mean),
-            reward_var=float(rewards.var),
-            reward_count=float(rewards.count),
-        ),
-        vec_normalize=normalization,
+        training={name: getattr(model, attribute) for name, attribute in ATTRIBUTES.items()}
+        | {f"reward_{field}": float(getattr(rewards, field)) for field in MOMENTS},
+        vec_normalize=settings,
     )
     # What is refused when reading is better refused now.
     read_config(type(model), {**config, "weights_sha256": ""})
@@ -148,13 +123,10 @@ def _make_config(model: Any) -> dict[str, Any]:
 
 def _encode(name: str, value: Any) -> Any:
     """What stands for an argument in JSON."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, FloatSchedule):
-        value = value.value_schedule
-    if isinstance(value, ConstantSchedule):
-        value = float(value.val)
-    if isinstance(value, LinearSchedule) and value.end == 0 and value.end_fraction == 1:
+    value = value.item() if isinstance(value, np.generic) else value
+    value = value.value_schedule if isinstance(value, utils.FloatSchedule) else value
+    value = float(value.val) if isinstance(value, utils.ConstantSchedule) else value
+    if isinstance(value, utils.LinearSchedule) and value.end == 0 and value.end_fraction == 1:
         return f"lin_{float(value.start)!r}"
     if isinstance(value, DecaySchedule) and value == DecaySchedule(value.value, "linear") and not callable(value.value):
         return f"lin_{float(value.value)!r}"
@@ -168,12 +140,10 @@ def _encode(name: str, value: Any) -> Any:
         return [_encode(f"{name}[{i}]", item) for i, item in enumerate(value)]
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: _encode(f"{name}[{key!r}]", item) for key, item in value.items()}
-    if isinstance(value, type):
-        for classes in CLASSES.values():
-            if classes.get(value.__name__) is value:
-                return value.__name__
+    if isinstance(value, type) and any(classes.get(value.__name__) is value for classes in CLASSES.values()):
+        return value.__name__
     if type(value).__name__ in SCHEDULERS and type(value).__module__.startswith("diffusers."):
-        options = {key: item for key, item in value.config.items() if key[0] != "_" and key not in DENOISER_OPTIONS}
+        options = {key: item for key, item in value.config.items() if key[0] != "_" and key not in FROM_DENOISER}
         return {"_class_name": type(value).__name__, **_encode(name, options)}
     what = "a class of your own" if isinstance(value, type) else "a function" if callable(value) else reprlib.repr(value)
     raise ValueError(
@@ -182,39 +152,22 @@ def _encode(name: str, value: Any) -> Any:
     )
 
 
-def from_pretrained(
-    algorithm: type[SelfAlgorithm],
-    folder: str | Path,
-    env: GymEnv | str | None,
-    device: th.device | str,
-    kwargs: dict[str, Any],
-) -> SelfAlgorithm:
-    """
-    See :meth:`sb3_dppo.DPPO.from_pretrained`.
-
-    :param algorithm: The model's class; for the others see there.
-    :return: The model.
-    """
+def from_pretrained(algorithm: Any, folder: str | Path, env: Any, device: th.device | str, kwargs: dict[str, Any]) -> Any:
+    """See :meth:`sb3_dppo.DPPO.from_pretrained`."""
     if "policy_kwargs" in kwargs:
-        raise TypeError(
-            "policy_kwargs can't be passed to from_pretrained(): the architecture is that of the folder's weights."
-        )
-    device = get_device(device)
+        raise TypeError("policy_kwargs can't be passed to from_pretrained: the architecture is that of the folder's weights.")
+    device = utils.get_device(device)
     config_path, weights_path = (_existing_file(Path(folder), name) for name in (CONFIG_FILE, WEIGHTS_FILE))
     config = read_config(algorithm, _read_json(config_path))
     if _sha256(weights_path) != config["weights_sha256"]:
-        raise ValueError(
-            f"{WEIGHTS_FILE} is not the one that {CONFIG_FILE} was saved with (weights_sha256): the folder was not copied or "
-            "written completely."
-        )
-    policy_class = algorithm.policy_aliases[config["policy"]]
-    tensors = _read_weights(weights_path, policy_class, config)
+        raise ValueError(f"{WEIGHTS_FILE} is not the one that {CONFIG_FILE} was saved with: the folder is not complete.")
+    tensors = _read_weights(weights_path, algorithm.policy_aliases[config["policy"]], config)
     statistics = _read_statistics(tensors, config["vec_normalize"])
     if env is not None:
         env = algorithm._wrap_env(maybe_make_env(env, 0), 0)
         if config["vec_normalize"] is not None:
             env = algorithm._wrap_env(_with_statistics(env, config["vec_normalize"], statistics), 0)
-        check_for_correct_spaces(env, config["observation_space"], config["action_space"])
+        utils.check_for_correct_spaces(env, config["observation_space"], config["action_space"])
     try:
         model = _make_model(algorithm, config, env, device, kwargs)
     except Exception as error:  # Constructors of networks and optimisers raise almost anything.
@@ -257,7 +210,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_weights(path: Path, policy_class: Any, config: dict[str, Any]) -> dict[str, th.Tensor]:
-    """All tensors of the file, of which those of the policy are the ones that it needs."""
+    """All tensors of the file, of which those of the policy are exactly the ones that it needs."""
     with path.open("rb") as stream:
         start = stream.read(8)
     if len(start) < 8 or int.from_bytes(start, "little") > MAX_JSON_BYTES:
@@ -270,14 +223,14 @@ def _read_weights(path: Path, policy_class: Any, config: dict[str, Any]) -> dict
             policy = policy_class(config["observation_space"], config["action_space"], lambda _: 1.0, **shapes_only)
     except Exception as error:
         raise ValueError(f"{CONFIG_FILE} is not of a policy that can be made: {error}") from error
-    expected = {f"policy.{name}": f"F32 of the shape {list(value.shape)}" for name, value in _policy_tensors(policy).items()}
+    expected = {name: f"F32 of the shape {list(value.shape)}" for name, value in _policy_tensors(policy).items()}
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
             found = {name: f"{part.get_dtype()} of the shape {part.get_shape()}" for name, part in slices.items()}
             names = {name for name in found if not name.startswith("vec_normalize.")}
             if names != set(expected):
-                unknown, missing = (reprlib.repr(sorted(part)) for part in (names - set(expected), set(expected) - names))
+                unknown, missing = (str(sorted(part))[:500] for part in (names - set(expected), set(expected) - names))
                 raise ValueError(f"{WEIGHTS_FILE} does not fit {CONFIG_FILE}: unknown tensors {unknown}, missing {missing}.")
             for name, value in expected.items():
                 if found[name] != value:
@@ -294,50 +247,39 @@ def _make_model(algorithm: Any, config: dict[str, Any], env: VecEnv | None, devi
     model = algorithm(config["policy"], None, device=device, policy_kwargs=policy_kwargs, _init_setup_model=False, **arguments)
     model.observation_space, model.action_space = config["observation_space"], config["action_space"]
     model.n_envs = 1 if env is None else env.num_envs
-    model._current_progress_remaining = training["progress_remaining"]
-    _check_rollout(model, policy_kwargs["horizon"], policy_kwargs["denoising_steps"])
+    for name, attribute in ATTRIBUTES.items():
+        setattr(model, attribute, training[name])
+    # The rollout buffer's decisions, and the bytes of each: a stranger's configuration may ask for any amount.
+    horizon, parts = policy_kwargs["horizon"], dict[str, Any](parts_of_space(model.observation_space)).values()
+    decisions = model.n_steps // max(1, model.act_steps or horizon)
+    n_bytes = sum(math.prod(part.shape) * min(4, part.dtype.itemsize) for part in parts)
+    n_bytes += 4 * (policy_kwargs["denoising_steps"] + 1) * horizon * (math.prod(model.action_space.shape) + 1)
+    if decisions * n_bytes > MAX_ROLLOUT_BYTES:
+        raise ValueError(
+            f"n_steps={model.n_steps} means a rollout buffer of {decisions * n_bytes} bytes per env, more than "
+            f"{MAX_ROLLOUT_BYTES}: pass a smaller n_steps."
+        )
     if env is not None:
         model.set_env(env)
     model._setup_model()
-    for name in ("num_timesteps", "n_rollouts", "pretrained_on_demonstrations"):
-        setattr(model, name, training[name])
-    model._n_updates = training["n_updates"]
     rewards = model.reward_scaler.statistics
     rewards.mean, rewards.var = np.array(training["reward_mean"]), np.array(training["reward_var"])
     rewards.count = training["reward_count"]
     return model
 
 
-def _check_rollout(model: Any, horizon: int, denoising_steps: int) -> None:
-    """
-    :raises ValueError: if a model that is not set up yet would allocate too large a rollout buffer.
-    """
-    decisions = model.n_steps // max(1, model.act_steps or horizon)
-    parts: Any = parts_of_space(model.observation_space).values()
-    n_bytes = sum(math.prod(part.shape) * min(4, part.dtype.itemsize) for part in parts)
-    n_bytes += 4 * (denoising_steps + 1) * horizon * (math.prod(model.action_space.shape) + 1)
-    if decisions * n_bytes > MAX_ROLLOUT_BYTES:
-        raise ValueError(
-            f"n_steps={model.n_steps} means a rollout buffer of {decisions * n_bytes} bytes per env, more than "
-            f"{MAX_ROLLOUT_BYTES}: pass a smaller n_steps."
-        )
-
-
 def _read_statistics(tensors: dict[str, th.Tensor], settings: dict[str, Any] | None) -> dict[str, RunningMeanStd]:
     """Of all tensors of the file those that are not the policy's, as "ret_rms" and "obs_rms" or "obs_rms.KEY"."""
     found = {name: tensors.pop(name) for name in list(tensors) if name.startswith("vec_normalize.")}
-    names = []
-    if settings is not None:
-        names = ["ret_rms"]
-        if settings["norm_obs"]:
-            keys = settings["norm_obs_keys"]
-            names += ["obs_rms"] if keys is None else [f"obs_rms.{key}" for key in keys]
-    expected = {f"vec_normalize.{name}.{field}" for name in names for field in ("mean", "var", "count")}
+    names = [] if settings is None else ["ret_rms"]
+    if settings is not None and settings["norm_obs"]:
+        names += ["obs_rms"] if settings["norm_obs_keys"] is None else [f"obs_rms.{key}" for key in settings["norm_obs_keys"]]
+    expected = {f"vec_normalize.{name}.{field}" for name in names for field in MOMENTS}
     if set(found) != expected:
         raise ValueError(f"{WEIGHTS_FILE} has the statistics {reprlib.repr(sorted(found))}, not {sorted(expected)}.")
     statistics = {name: RunningMeanStd() for name in names}
     for name, rms in statistics.items():
-        mean, var, count = (found[f"vec_normalize.{name}.{field}"] for field in ("mean", "var", "count"))
+        mean, var, count = (found[f"vec_normalize.{name}.{field}"] for field in MOMENTS)
         same = mean.shape == var.shape and count.shape == () and mean.dtype == var.dtype == count.dtype == th.float64
         if not same or not all(value.isfinite().all() for value in (mean, var, count)) or (var < 0).any() or count < 0:
             raise ValueError(f"{WEIGHTS_FILE}: vec_normalize.{name} is not the mean, variance and count of something.")
@@ -357,8 +299,7 @@ def _with_statistics(env: VecEnv, settings: dict[str, Any], statistics: dict[str
         raise ValueError(f"env has VecNormalize(norm_obs={vec_normalize.norm_obs}), but the model was trained with the other.")
     if not settings["norm_obs"]:
         return env
-    by_key = {name.removeprefix("obs_rms").removeprefix("."): rms for name, rms in statistics.items()}
-    space = vec_normalize.observation_space
+    by_key, space = {name.partition(".")[2]: rms for name, rms in statistics.items()}, vec_normalize.observation_space
     parts = parts_of_space(space)
     for key, rms in by_key.items():
         if key not in parts or parts[key].shape != rms.mean.shape:
@@ -367,6 +308,5 @@ def _with_statistics(env: VecEnv, settings: dict[str, Any], statistics: dict[str
                 "put VecNormalize(env) where it was then, for instance inside of VecFrameStack."
             )
     vec_normalize.obs_rms = by_key[""] if settings["norm_obs_keys"] is None else by_key  # type: ignore[assignment]
-    for name in ("norm_obs_keys", "clip_obs", "epsilon"):
-        setattr(vec_normalize, name, settings[name])
+    vars(vec_normalize).update({name: settings[name] for name in ("norm_obs_keys", "clip_obs", "epsilon")})
     return env

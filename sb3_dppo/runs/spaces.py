@@ -14,7 +14,7 @@ MAX_OBSERVATION_SIZE = 2**22  # numbers in an observation or action: an image of
 
 
 def make_fields(name: str, hints: dict[str, Any]) -> Any:
-    """The type of dictionaries that hold these and nothing else."""
+    """The type of dictionaries that hold values of these types, by name, and nothing else."""
     fields = TypedDict(name, hints)  # type: ignore[misc]
     fields.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
     return fields
@@ -33,21 +33,19 @@ def _make(described: dict[str, Any]) -> spaces.Space:
             case {"type": "Box", "shape": shape}:
                 low, high = (_make_bound(name, described[name], shape, dtype) for name in ("low", "high"))
                 return spaces.Box(low, high, tuple(shape), dtype)
-            case {"type": "Discrete", "n": n, "start": start}:
-                return spaces.Discrete(n, start=start)
-            case {"type": "MultiDiscrete", "nvec": nvec}:
-                return spaces.MultiDiscrete(nvec, dtype=dtype)
+            case {"type": "Discrete" | "MultiDiscrete" as kind, **arguments}:
+                return getattr(spaces, kind)(**arguments)
             case {"type": "MultiBinary", "shape": shape}:
                 return spaces.MultiBinary(shape[0] if len(shape) == 1 else shape)
     except (AssertionError, TypeError, OverflowError) as error:
         raise ValueError(f"there is no such space: {error}") from error
     # Ordered, because a Dict sorts other dictionaries, but the order is that of the normalisation's rows.
-    parts, size = OrderedDict(), 0
+    parts, size = OrderedDict[str, spaces.Space](), 0
     for key, part in described["spaces"].items():
         parts[key] = _make(part)
         size += spaces.flatdim(parts[key])
         _check_shape([size])
-    return spaces.Dict(parts)  # type: ignore[arg-type]
+    return spaces.Dict(parts)
 
 
 def _make_bound(name: str, value: Any, shape: list[int], dtype: np.dtype) -> np.ndarray:
@@ -72,22 +70,20 @@ _Bounds = _Integer | Finite | Infinity | list[_Integer | Finite | Infinity]  # o
 _Size = Annotated[int, Field(strict=True, ge=1, le=MAX_OBSERVATION_SIZE)]
 _Shape = Annotated[list[_Size], AfterValidator(_check_shape)]
 _Dtype = Literal["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
-_Part = (
+_Part: Any = (
     make_fields("Box", dict(type=Literal["Box"], shape=_Shape, dtype=_Dtype, low=_Bounds, high=_Bounds))
     | make_fields("Discrete", dict(type=Literal["Discrete"], n=_Size, start=_Integer))
     | make_fields("MultiDiscrete", dict(type=Literal["MultiDiscrete"], nvec=list[_Size], dtype=_Dtype))
     | make_fields("MultiBinary", dict(type=Literal["MultiBinary"], shape=_Shape))
 )
-_Parts: Any = Annotated[  # type: ignore[valid-type]
-    dict[str, Annotated[_Part, Field(discriminator="type")]], Field(max_length=MAX_ITEMS)  # type: ignore[valid-type]
-]
+_Parts: Any = Annotated[dict[str, Annotated[_Part, Field(discriminator="type")]], Field(max_length=MAX_ITEMS)]
 _Dict = make_fields("Dict", dict(type=Literal["Dict"], spaces=_Parts))
 # What stands for a space in JSON, and becomes one.
-Space: Any = Annotated[_Part | _Dict, Field(discriminator="type"), AfterValidator(_make)]  # type: ignore[valid-type]
+Space: Any = Annotated[_Part | _Dict, Field(discriminator="type"), AfterValidator(_make)]
 
 
 def describe_space(name: str, space: spaces.Space) -> dict[str, Any]:
-    """What ``Space`` reads."""
+    """What ``Space`` reads as this observation or action space. The name is for errors."""
     described: dict[str, Any] = dict(type=type(space).__name__)
     match space:
         case spaces.Box():
