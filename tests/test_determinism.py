@@ -132,3 +132,21 @@ def test_same_run_in_processes_of_their_own() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {name: run(name) for name in names}
+
+
+@pytest.mark.parametrize("name", ["vector", "pixels"])
+def test_same_gradients_from_two_threads(name: str) -> None:
+    """Rows that are gathered for many pairs: two threads would add up their gradients in any order."""
+    th.set_num_threads(2)
+    policy, kwargs = MODELS[name]
+    model = DPPO(policy, DummyVecEnv([PendulumFactory(name)]), n_steps=64, seed=3, device="cpu", **kwargs)
+    model.learn(64)
+    samples = next(model._minibatches())
+    pairs = th.arange(3072) % len(samples.decision_index)
+    samples = samples.pairs(pairs)
+    gradients = []
+    for _ in range(10):
+        model.policy.zero_grad()
+        model.loss(samples)[0].backward()
+        gradients.append([p.grad.clone() for p in model.policy.optimizer.param_groups[0]["params"]])
+    assert all(th.equal(a, b) for other in gradients for a, b in zip(other, gradients[0], strict=True))
