@@ -7,7 +7,6 @@ from typing import Any
 
 import torch as th
 from torch import nn
-from torch.nn import functional as F
 
 
 class ResidualBlock(nn.Module):
@@ -105,13 +104,17 @@ def plain_functions(layers: Iterable[nn.Module]) -> list[Callable[[th.Tensor], t
     functions: list[Callable[[th.Tensor], th.Tensor]] = []
     for layer in layers:
         if isinstance(layer, nn.Linear):
-            functions.append(partial(F.linear, weight=layer.weight, bias=layer.bias))
+            functions.append(partial(_linear, layer.weight.t(), layer.bias))
         elif isinstance(layer, ResidualBlock):
             branch = (part for part in layer.branch() if not isinstance(part, nn.Identity))
             functions.append(partial(_residual, plain_functions(branch)))
         else:
             functions.append(layer.forward)
     return functions
+
+
+def _linear(weight: th.Tensor, bias: th.Tensor, x: th.Tensor) -> th.Tensor:
+    return th.addmm(bias, x, weight)
 
 
 def _residual(branch: Iterable[Callable[[th.Tensor], th.Tensor]], x: th.Tensor) -> th.Tensor:
@@ -230,13 +233,13 @@ class MlpDenoiser(Denoiser):
         if self.film is not None or type(self) is not MlpDenoiser or type(first) is not nn.Linear or not is_plain(self):
             return super().for_chain(features, timesteps)
         # The first layer by what it sees: at each step only the noisy chunk's part is computed anew.
-        chunk_weight, time_weight, obs_weight = first.weight.split(self.input_sizes, dim=1)
-        obs_part = F.linear(self.encode(features), obs_weight)
-        time_parts = F.linear(self.embed_timesteps(timesteps), time_weight, first.bias)
+        chunk_weight, time_weight, obs_weight = first.weight.t().split(self.input_sizes)
+        obs_part = self.encode(features) @ obs_weight
+        time_parts = th.addmm(first.bias, self.embed_timesteps(timesteps), time_weight)
         following = plain_functions([*self.mlp][1:])
 
         def predict(time_part: th.Tensor, sample: th.Tensor) -> th.Tensor:
-            hidden = th.addmm(obs_part, sample.flatten(1), chunk_weight.t()).add_(time_part)
+            hidden = th.addmm(obs_part, sample.flatten(1), chunk_weight).add_(time_part)
             for layer in following:
                 hidden = layer(hidden)
             return hidden.view_as(sample)
