@@ -168,11 +168,15 @@ def test_chunks_are_gathered_for_a_minibatch_only(monkeypatch: pytest.MonkeyPatc
     model = DPPO("DiffusionMlpPolicy", CountingEnv(), **kwargs)
     held = []
 
+    def tensors() -> int:
+        storages = (x.untyped_storage() for x in gc.get_objects() if type(x) is th.Tensor)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    gc.collect()
+    others = tensors()  # of tests before this one
+
     def measure(observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        storages = {
-            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) is th.Tensor
-        }
-        held.append(sum(storages.values()) + tracemalloc.get_traced_memory()[1])
+        held.append(tensors() - others + tracemalloc.get_traced_memory()[1])
         assert actions.shape == (len(observations), 16, 2)
         raise KeyboardInterrupt
 
