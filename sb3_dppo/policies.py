@@ -11,11 +11,10 @@ from stable_baselines3.common.preprocessing import get_action_dim, preprocess_ob
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
-from torch.nn import functional as F
 
 from sb3_dppo.arguments import SAMPLER_ARGUMENTS, check_action_space, check_names
 from sb3_dppo.chunks import ChunkPolicy
-from sb3_dppo.diffusion.denoisers import Denoiser, MlpDenoiser, TransformerDenoiser, UnetDenoiser, make_mlp
+from sb3_dppo.diffusion.denoisers import Denoiser, MlpDenoiser, TransformerDenoiser, UnetDenoiser, gather_rows, make_mlp
 from sb3_dppo.diffusion.process import DenoisingChain, DenoisingProcess
 from sb3_dppo.diffusion.sampler import DiffusionSampler, SamplerConfig, make_eta_network
 from sb3_dppo.features.extractors import EXTRACTORS
@@ -284,8 +283,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         prepared = self._prepare(take(observations, decision_index), self.pi_features_extractor)  # type: ignore[arg-type]
         extractors: list[Any] = [self.pi_features_extractor, *([self.base_features_extractor] if with_base else [])]
         features = [extractor(prepared) for extractor in extractors]
-        # Not value[rows], whose gradient several threads add up in any order.
-        features = features if rows is None else [F.embedding(rows, value) for value in features]
+        features = features if rows is None else [gather_rows(value, rows) for value in features]
         return features[0], features[1] if with_base else None
 
     def sample_chain(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch as th
 from torch import nn
+from torch.nn import functional as F
 
 
 class ResidualBlock(nn.Module):
@@ -113,8 +114,8 @@ def plain_functions(layers: Iterable[nn.Module]) -> list[Callable[[th.Tensor], t
     return functions
 
 
-def _linear(weight: th.Tensor, bias: th.Tensor, x: th.Tensor) -> th.Tensor:
-    return th.addmm(bias, x, weight)
+def _linear(weight: th.Tensor, bias: th.Tensor | None, x: th.Tensor) -> th.Tensor:
+    return x @ weight if bias is None else th.addmm(bias, x, weight)
 
 
 def _residual(branch: Iterable[Callable[[th.Tensor], th.Tensor]], x: th.Tensor) -> th.Tensor:
@@ -122,6 +123,13 @@ def _residual(branch: Iterable[Callable[[th.Tensor], th.Tensor]], x: th.Tensor) 
     for function in branch:
         hidden = function(hidden)
     return x + hidden
+
+
+def gather_rows(values: th.Tensor, index: th.Tensor) -> th.Tensor:
+    """
+    ``values[index]`` of a matrix, whose gradient several threads do not add up in any order, but always in the same.
+    """
+    return F.embedding(index, values)
 
 
 class Denoiser(nn.Module, ABC):
@@ -235,7 +243,7 @@ class MlpDenoiser(Denoiser):
         # The first layer by what it sees: at each step only the noisy chunk's part is computed anew.
         chunk_weight, time_weight, obs_weight = first.weight.t().split(self.input_sizes)
         obs_part = self.encode(features) @ obs_weight
-        time_parts = th.addmm(first.bias, self.embed_timesteps(timesteps), time_weight)
+        time_parts = _linear(time_weight, first.bias, self.embed_timesteps(timesteps))
         following = plain_functions([*self.mlp][1:])
 
         def predict(time_part: th.Tensor, sample: th.Tensor) -> th.Tensor:

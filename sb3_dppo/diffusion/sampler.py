@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_dppo.diffusion.acceleration import COMPILE_OPTIONS, PRECISIONS, Compiled, CudaGraphs, precision_context, threads_for
-from sb3_dppo.diffusion.denoisers import Denoiser, make_mlp
+from sb3_dppo.diffusion.denoisers import Denoiser, gather_rows, make_mlp
 from sb3_dppo.diffusion.process import DenoisingChain, DenoisingProcess, gaussian_log_prob
 
 # Range of elementwise log-densities that enter a probability ratio (the reference implementation's).
@@ -290,7 +290,7 @@ class DiffusionSampler:
         """
         with self.autocast():
             embeddings = denoiser.embed_timesteps(self.process.timesteps[self.n_base_steps :])
-            output = denoiser(chain_prev, F.embedding(denoising_index, embeddings), denoiser.encode(features)).float()
+            output = denoiser(chain_prev, gather_rows(embeddings, denoising_index), denoiser.encode(features)).float()
         return self.process.transition(chain_prev, output, denoising_index + self.n_base_steps, eta)[0]
 
     def step_std(self, denoising_index: th.Tensor, eta: Any) -> th.Tensor:
@@ -334,7 +334,7 @@ class DiffusionSampler:
         noisy = self.process.training_scheduler.add_noise(actions, noise, timesteps)
         with self.autocast():
             embeddings = self.networks.denoiser.embed_timesteps(th.arange(self.process.denoising_steps, device=actions.device))
-            output = self.networks.denoiser(noisy, F.embedding(timesteps, embeddings), self.networks.denoiser.encode(features))
+            output = self.networks.denoiser(noisy, gather_rows(embeddings, timesteps), self.networks.denoiser.encode(features))
         return F.mse_loss(output.float(), self.process.denoising_target(actions, noise, timesteps))
 
     def eta(self, features: th.Tensor) -> float | th.Tensor:

@@ -101,6 +101,7 @@ CHANGES: dict[str, Callable[[Any], nn.Module]] = {
     "forward_hook": lambda layer: hooked(layer, "register_forward_hook", lambda module, inputs, output: th.sin(3 * output)),
     "forward_pre_hook": lambda layer: hooked(layer, "register_forward_pre_hook", lambda module, inputs: 2 * inputs[0]),
     "own_forward": double_forward,
+    "no_bias": lambda layer: nn.Linear(layer.in_features, layer.out_features, bias=False),
 }
 
 
