@@ -11,8 +11,8 @@ from typing import BinaryIO
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """
-    Write a file, and its folders, under another name in the same folder, and rename it when it is complete and on the disk:
-    whatever happens, the path holds the new file or what was there before.
+    Write a file under another name in the same folder, which is made if need be, and rename it when it is complete and on the
+    disk: whatever happens, also at an OSError, the path holds the new file or what was there before.
     """
     given = Path(path)
     # A link stays one.

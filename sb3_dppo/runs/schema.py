@@ -23,6 +23,7 @@ from sb3_dppo.runs.spaces import MAX_ITEMS, Finite, Infinity, Space, make_fields
 
 CONFIG_FILE, FORMAT = "config.json", "sb3-dppo 1"
 MAX_SIZE = 2**14  # widths, channels, the horizon
+MAX_DENOISING_STEPS = 1000
 MAX_INTEGER = 2**63
 
 # What a configuration may name. A class of a user's own can't be shared without its code.
@@ -50,7 +51,7 @@ NOT_SHARED = {
 NOT_POLICY_KWARGS = {"observation_space", "action_space", "lr_schedule", "use_sde"}
 REQUIRED = ("features_extractor_class", "optimizer_class", "horizon", "denoising_steps", "net_arch")
 
-Steps = Annotated[int, Field(strict=True, ge=1, le=1000)]
+Steps = Annotated[int, Field(strict=True, ge=1, le=MAX_DENOISING_STEPS)]
 Layers = Annotated[int, Field(strict=True, ge=1, le=MAX_ITEMS)]
 Size = Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE)]
 Count = Annotated[int, Field(strict=True, ge=0, le=MAX_INTEGER)]
@@ -60,9 +61,15 @@ Flag = Annotated[bool, Field(strict=True)]
 Schedule = Finite | Annotated[str, Field(pattern=r"^(lin_)?[0-9.eE+-]+$", max_length=40)]
 Widths = Annotated[list[Size], Field(max_length=MAX_ITEMS)]
 # What annotations don't say.
-SPECIAL: dict[str, Any] = dict(denoising_steps=Steps, inference_steps=Steps | None, ft_denoising_steps=Steps | None)
-SPECIAL |= dict(horizon=Size, depth=Layers, net_arch=make_fields("NetArch", dict(pi=Widths, vf=Widths)))
-SPECIAL["scheduler"] = Literal[SCHEDULER_NAMES] | dict[Name, Any]
+SPECIAL: dict[str, Any] = dict(
+    denoising_steps=Steps,
+    inference_steps=Steps | None,
+    ft_denoising_steps=Steps | None,
+    horizon=Size,
+    depth=Layers,
+    net_arch=make_fields("NetArch", dict(pi=Widths, vf=Widths)),
+    scheduler=Literal[SCHEDULER_NAMES] | dict[Name, Any],
+)
 TRAINING = dict(num_timesteps=Count, n_rollouts=Count, n_updates=Count, pretrained_on_demonstrations=Flag)
 TRAINING |= dict.fromkeys(("progress_remaining", "reward_mean", "reward_var", "reward_count"), Finite)
 
@@ -114,13 +121,19 @@ def names_of(algorithm: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 @cache
 def _config_of(algorithm: Any) -> Any:
     arguments, policy_kwargs = names_of(algorithm)
-    fields: dict[str, Any] = dict.fromkeys(("sb3_dppo_version", "weights_sha256"), Name)
-    fields |= dict(format=Literal[FORMAT], policy=Literal[tuple(algorithm.policy_aliases)])  # type: ignore[valid-type]
-    fields |= dict(observation_space=Space, action_space=Space, policy_kwargs=_some_of(policy_kwargs))
-    # Folders of before may have "compile", which is not heeded: a stranger's would start a compiler.
-    fields["arguments"] = _some_of({"compile": bool | str, **arguments}, largest=MAX_INTEGER)
-    fields["vec_normalize"] = make_fields("Normalization", NORMALIZATION) | None
-    fields["training"] = make_fields("Training", TRAINING)
+    fields = dict(
+        format=Literal[FORMAT],  # type: ignore[valid-type]
+        sb3_dppo_version=Name,
+        policy=Literal[tuple(algorithm.policy_aliases)],
+        observation_space=Space,
+        action_space=Space,
+        policy_kwargs=_some_of(policy_kwargs),
+        # Folders of before may have "compile", which is not heeded: a stranger's would start a compiler.
+        arguments=_some_of({"compile": bool | str, **arguments}, largest=MAX_INTEGER),
+        training=make_fields("Training", TRAINING),
+        vec_normalize=make_fields("Normalization", NORMALIZATION) | None,
+        weights_sha256=Name,
+    )
     return make_fields("Config", fields)
 
 

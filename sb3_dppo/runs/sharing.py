@@ -74,8 +74,8 @@ def save_pretrained(model: OnPolicyAlgorithm, folder: str | Path) -> None:
 
 def _policy_tensors(policy: th.nn.Module) -> dict[str, th.Tensor]:
     # SB3 has the actor's features extractor under two names.
-    own = {name: value for name, value in policy.state_dict().items() if not name.startswith("features_extractor.")}
-    return {f"policy.{name}": value for name, value in own.items()}
+    state = policy.state_dict()
+    return {f"policy.{name}": value for name, value in state.items() if not name.startswith("features_extractor.")}
 
 
 def _statistics(vec_normalize: VecNormalize | None) -> dict[str, th.Tensor]:
@@ -123,9 +123,12 @@ def _make_config(model: Any) -> dict[str, Any]:
 
 def _encode(name: str, value: Any) -> Any:
     """What stands for an argument in JSON."""
-    value = value.item() if isinstance(value, np.generic) else value
-    value = value.value_schedule if isinstance(value, utils.FloatSchedule) else value
-    value = float(value.val) if isinstance(value, utils.ConstantSchedule) else value
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, utils.FloatSchedule):
+        value = value.value_schedule
+    if isinstance(value, utils.ConstantSchedule):
+        value = float(value.val)
     if isinstance(value, utils.LinearSchedule) and value.end == 0 and value.end_fraction == 1:
         return f"lin_{float(value.start)!r}"
     if isinstance(value, DecaySchedule) and value == DecaySchedule(value.value, "linear") and not callable(value.value):
@@ -160,7 +163,7 @@ def from_pretrained(algorithm: Any, folder: str | Path, env: Any, device: th.dev
     config_path, weights_path = (_existing_file(Path(folder), name) for name in (CONFIG_FILE, WEIGHTS_FILE))
     config = read_config(algorithm, _read_json(config_path))
     if _sha256(weights_path) != config["weights_sha256"]:
-        raise ValueError(f"{WEIGHTS_FILE} is not the one that {CONFIG_FILE} was saved with: the folder is not complete.")
+        raise ValueError(f"{WEIGHTS_FILE} is not the one that {CONFIG_FILE} was saved with: copy the whole folder anew.")
     tensors = _read_weights(weights_path, algorithm.policy_aliases[config["policy"]], config)
     statistics = _read_statistics(tensors, config["vec_normalize"])
     if env is not None:
@@ -249,16 +252,7 @@ def _make_model(algorithm: Any, config: dict[str, Any], env: VecEnv | None, devi
     model.n_envs = 1 if env is None else env.num_envs
     for name, attribute in ATTRIBUTES.items():
         setattr(model, attribute, training[name])
-    # The rollout buffer's decisions, and the bytes of each: a stranger's configuration may ask for any amount.
-    horizon, parts = policy_kwargs["horizon"], dict[str, Any](parts_of_space(model.observation_space)).values()
-    decisions = model.n_steps // max(1, model.act_steps or horizon)
-    n_bytes = sum(math.prod(part.shape) * min(4, part.dtype.itemsize) for part in parts)
-    n_bytes += 4 * (policy_kwargs["denoising_steps"] + 1) * horizon * (math.prod(model.action_space.shape) + 1)
-    if decisions * n_bytes > MAX_ROLLOUT_BYTES:
-        raise ValueError(
-            f"n_steps={model.n_steps} means a rollout buffer of {decisions * n_bytes} bytes per env, more than "
-            f"{MAX_ROLLOUT_BYTES}: pass a smaller n_steps."
-        )
+    _check_rollout(model, policy_kwargs["horizon"], policy_kwargs["denoising_steps"])
     if env is not None:
         model.set_env(env)
     model._setup_model()
@@ -266,6 +260,19 @@ def _make_model(algorithm: Any, config: dict[str, Any], env: VecEnv | None, devi
     rewards.mean, rewards.var = np.array(training["reward_mean"]), np.array(training["reward_var"])
     rewards.count = training["reward_count"]
     return model
+
+
+def _check_rollout(model: Any, horizon: int, denoising_steps: int) -> None:
+    """Refuse a rollout buffer, which is not allocated yet, of more bytes than a stranger's configuration may ask for."""
+    decisions = model.n_steps // max(1, model.act_steps or horizon)
+    parts: Any = parts_of_space(model.observation_space).values()
+    n_bytes = sum(math.prod(part.shape) * min(4, part.dtype.itemsize) for part in parts)
+    n_bytes += 4 * (denoising_steps + 1) * horizon * (math.prod(model.action_space.shape) + 1)
+    if decisions * n_bytes > MAX_ROLLOUT_BYTES:
+        raise ValueError(
+            f"n_steps={model.n_steps} means a rollout buffer of {decisions * n_bytes} bytes per env, more than "
+            f"{MAX_ROLLOUT_BYTES}: pass a smaller n_steps."
+        )
 
 
 def _read_statistics(tensors: dict[str, th.Tensor], settings: dict[str, Any] | None) -> dict[str, RunningMeanStd]:
@@ -308,5 +315,6 @@ def _with_statistics(env: VecEnv, settings: dict[str, Any], statistics: dict[str
                 "put VecNormalize(env) where it was then, for instance inside of VecFrameStack."
             )
     vec_normalize.obs_rms = by_key[""] if settings["norm_obs_keys"] is None else by_key  # type: ignore[assignment]
-    vars(vec_normalize).update({name: settings[name] for name in ("norm_obs_keys", "clip_obs", "epsilon")})
+    for name in ("norm_obs_keys", "clip_obs", "epsilon"):
+        setattr(vec_normalize, name, settings[name])
     return env
