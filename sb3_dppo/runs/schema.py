@@ -17,13 +17,13 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 from typing_extensions import NotRequired
 
+from sb3_dppo.diffusion.process import MAX_DENOISING_STEPS
 from sb3_dppo.features.extractors import EXTRACTORS
 from sb3_dppo.runs.names import constructor_arguments
 from sb3_dppo.runs.spaces import MAX_ITEMS, Finite, Infinity, Space, make_fields
 
 CONFIG_FILE, FORMAT = "config.json", "sb3-dppo 1"
 MAX_SIZE = 2**14  # widths, channels, the horizon
-MAX_DENOISING_STEPS = 1000
 MAX_INTEGER = 2**63
 
 # What a configuration may name. A class of a user's own can't be shared without its code.
