@@ -160,5 +160,9 @@ def warn_about_training_arguments(model: Any) -> None:
     vec_normalize = model.get_vec_normalize_env()
     if vec_normalize is not None and vec_normalize.norm_reward and model.scale_rewards:
         warn("Rewards are scaled twice: use VecNormalize(norm_reward=False) or scale_rewards=False.")
-    if vec_normalize is not None and vec_normalize.norm_obs and model.policy.normalizer.changes_observations:
-        warn("The policy normalises observations itself, with its demonstrations' ranges: use VecNormalize(norm_obs=False).")
+    normalizer = model.policy.normalizer
+    normalizes = normalizer.has_ranges or normalizer.obs_count > 0 or model.updates_normalizer
+    if vec_normalize is not None and vec_normalize.norm_obs and normalizes:
+        warn("Observations are normalised twice, as the policy does it itself: use VecNormalize(norm_obs=False).")
+    if model.normalize_observations and not model.updates_normalizer:
+        warn("normalize_observations=True changes nothing: the policy keeps its demonstrations' ranges, or sees no vectors.")

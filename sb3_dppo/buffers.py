@@ -175,7 +175,7 @@ class DenoisingRolloutBuffer(RolloutBuffer):
         for target, part in zip(parts_of(self.observations), parts_of(obs), strict=True):
             target[rows] = part.reshape(len(env_index), *target.shape[1:])
         self.chains[rows] = chain
-        self.log_probs[rows] = log_prob.clamp(*LOG_PROB_RANGE).mean(dim=-1)
+        self.set_log_probs(rows, log_prob)
         self.old_values[rows] = values.flatten()
         self.env_index[rows] = env_index
         for array in (self.rewards, self.n_executed, self.episode_end, self.bootstrap_values):
@@ -183,6 +183,10 @@ class DenoisingRolloutBuffer(RolloutBuffer):
         self.last_decision[env_index] = np.arange(rows.start, rows.stop)
         self.rounds.append(rows)
         self.pos = rows.stop
+
+    def set_log_probs(self, rows: slice, log_prob: th.Tensor) -> None:
+        """Keep what is needed of the elementwise log-densities of some decisions, shape (B, K', Tp, Da)."""
+        self.log_probs[rows] = log_prob.clamp(*LOG_PROB_RANGE).mean(dim=-1)
 
     def add_rewards(self, rewards: np.ndarray) -> None:
         """Add the rewards of one env step in every env, shape (n_envs,), to the decisions that they belong to."""

@@ -14,7 +14,7 @@ from stable_baselines3.common.utils import explained_variance, update_learning_r
 from sb3_dppo import arguments
 from sb3_dppo.buffers import DenoisingRolloutBuffer, DenoisingRolloutBufferSamples, RewardScaler
 from sb3_dppo.diffusion.acceleration import CPU_SLICE_SIZE, keep_freed_memory
-from sb3_dppo.features.observations import check_observation_space
+from sb3_dppo.features.observations import check_observation_space, take
 from sb3_dppo.gradients import check_update, compute_gradients, gradient_step
 from sb3_dppo.losses import LossSettings, Metrics, actor_loss, behaviour_cloning_loss, clip_ranges, pair_advantages, value_loss
 from sb3_dppo.policies import POLICIES, DiffusionActorCriticPolicy
@@ -68,6 +68,9 @@ class DPPO(DecisionRollouts):
         mean per action dimension, 1e-5 to 1e-3 in good runs: the usual 0.01 to 0.03 of PPO never stops anything here.
     :param critic_warmup: First rollouts of the model, or after behaviour cloning, on which only the critic is trained
     :param scale_rewards: Whether to divide the decisions' rewards by the running std of their discounted return
+    :param normalize_observations: Whether to normalise vectors in observations by their running mean and std, which change
+        between rollouts and are a part of the policy. ``None``: unless the env is under ``VecNormalize(norm_obs=True)``. A
+        policy that has seen demonstrations keeps their ranges. Images stay as they are.
     :param shuffle: "pairs" draws minibatches from all pairs, "decisions" keeps the pairs of a decision together, so that its
         features are extracted once. ``None`` means "decisions" if the features extractor has parameters, else "pairs".
     :param eta_learning_rate: Learning rate of η, which has an optimiser of its own, a schedule
@@ -126,6 +129,7 @@ class DPPO(DecisionRollouts):
         target_kl: float | None = None,
         critic_warmup: int = 0,
         scale_rewards: bool = True,
+        normalize_observations: bool | None = None,
         shuffle: str | None = None,
         act_steps: int | None = None,
         scheduler: Any = "ddpm",
@@ -204,6 +208,7 @@ class DPPO(DecisionRollouts):
         self.target_kl = target_kl
         self.critic_warmup = critic_warmup
         self.scale_rewards = scale_rewards
+        self.normalize_observations = normalize_observations
         self.shuffle = shuffle
         self.act_steps = act_steps
         self.scheduler = scheduler
@@ -275,6 +280,9 @@ class DPPO(DecisionRollouts):
     def train(self) -> None:
         """Update actor and critic, which share no parameters, on the current rollout."""
         self._begin_update()
+        begins_normalization = self.updates_normalizer and bool(self.policy.normalizer.obs_count == 0)
+        if begins_normalization:
+            self._begin_normalization()
         self.policy.set_training_mode(True)
         learning_rates = self._learning_rates()
         for optimizer, learning_rate in zip(self.policy.optimizers, learning_rates.values(), strict=True):
@@ -296,6 +304,8 @@ class DPPO(DecisionRollouts):
         check_update(self.policy, history["loss"], f"{self.n_rollouts + 1} (num_timesteps={self.num_timesteps})")
         self.n_rollouts += 1
         self._log_update(history, settings, learning_rates)
+        if self.updates_normalizer and not begins_normalization:
+            self.policy.normalizer.update(take(self.rollout_buffer.observations, slice(self.rollout_buffer.size())))
         if self.ft_denoising_anneal is not None and self.n_rollouts % self.ft_denoising_anneal[0] == 0:
             self._anneal(self.ft_denoising_anneal[1])
 

@@ -1,21 +1,27 @@
 """What is between the env's units and the policy's networks: observations and actions mapped to about [-1, 1]."""
 
+from typing import Any
+
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_dppo.features.observations import vector_keys
 
 EPS = 1e-6
+# Of running statistics: added to variances, and the clamp of what they normalise (as in SB3's VecNormalize).
+VARIANCE_EPS, OBS_CLIP = 1e-8, 10.0
 
 
 class Normalizer(nn.Module):
     """
     An affine map for each number of the observation's vectors and of the action. To begin with, observations stay as they are
-    and actions are mapped to [-1, 1] by the bounds of their space.
+    and actions are mapped to [-1, 1] by the bounds of their space. Then either the ranges of demonstrations are set, or the
+    observations' mean and std are updated between rollouts.
 
     :param observation_space: Observation space. Of a ``Dict``, what is neither an image nor a category is normalised.
     :param action_space: Action space, with finite bounds.
@@ -24,6 +30,7 @@ class Normalizer(nn.Module):
 
     obs_center: th.Tensor
     obs_scale: th.Tensor
+    obs_count: th.Tensor
     action_center: th.Tensor
     action_scale: th.Tensor
 
@@ -36,6 +43,8 @@ class Normalizer(nn.Module):
         obs_shape = vectors[""].shape if "" in vectors else (sum(self._vector_sizes.values()),)
         self.register_buffer("obs_center", th.zeros(obs_shape))
         self.register_buffer("obs_scale", th.ones(obs_shape))
+        # How many observations center and scale are the mean and 1 / std of; 0 if they are of something else.
+        self.register_buffer("obs_count", th.zeros(()))
         low, high = (th.as_tensor(bound, dtype=th.float).flatten() for bound in (action_space.low, action_space.high))
         self.register_buffer("action_center", (low + high) / 2)
         self.register_buffer("action_scale", (high - low) / 2)
@@ -53,25 +62,54 @@ class Normalizer(nn.Module):
         obs_half, action_half = (obs_range + EPS) / 2, (action_range + EPS) / 2
         self.obs_center.copy_(obs_low + obs_half)
         self.obs_scale.copy_(th.where(obs_range > 0, 1 / obs_half, 0.0))
+        self.obs_count.zero_()
         self.action_center.copy_(th.where(action_range > 0, action_low + action_half, action_low))
         self.action_scale.copy_(action_half)
 
+    def update(self, obs: PyTorchObs) -> None:
+        """
+        Normalise by the mean and std of all observations that were ever passed, with these, shape (B, ...). The buffers are
+        all there is to know, so that a saved policy goes on from them.
+        """
+        parts: Any = [obs[key] for key in self._vector_sizes] if isinstance(obs, dict) else [obs]
+        vectors = th.cat([part.flatten(1) for part in parts], dim=1).view(-1, *self.obs_center.shape)
+        statistics = RunningMeanStd(shape=tuple(self.obs_center.shape))
+        if self.obs_count > 0:
+            variance = (self.obs_scale.double() ** -2 - VARIANCE_EPS).clamp(min=0.0)
+            statistics.mean, statistics.var = self.obs_center.double().cpu().numpy(), variance.cpu().numpy()
+            statistics.count = self.obs_count.item()
+        statistics.update(vectors.double().cpu().numpy())
+        self.obs_center.copy_(th.as_tensor(statistics.mean))
+        self.obs_scale.copy_(th.as_tensor(1 / np.sqrt(statistics.var + VARIANCE_EPS)))
+        self.obs_count.fill_(statistics.count)
+
     @property
-    def changes_observations(self) -> bool:
-        """Whether observations are normalised, with ranges of demonstrations."""
-        return bool((self.obs_center != 0).any() or (self.obs_scale != 1).any())
+    def has_vectors(self) -> bool:
+        """Whether there is something in observations to normalise."""
+        return bool(self._vector_sizes)
+
+    @property
+    def has_ranges(self) -> bool:
+        """Whether observations are normalised by ranges that were set, those of demonstrations."""
+        changed = (self.obs_center != 0).any() | (self.obs_scale != 1).any()
+        return bool(changed & (self.obs_count == 0))
 
     def normalize_observations(self, obs: PyTorchObs) -> PyTorchObs:
         """Observations, shape (B, ...), or a dictionary of these, with normalised vectors."""
         if not isinstance(obs, dict):
-            return (obs.float() - self.obs_center) * self.obs_scale if self._vector_sizes else obs
+            return self._normalize(obs, self.obs_center, self.obs_scale) if self._vector_sizes else obs
         normalized, start = dict(obs), 0
         for key, size in self._vector_sizes.items():
             shape, rows = obs[key].shape[1:], slice(start, start + size)
             center, scale = self.obs_center[rows].view(shape), self.obs_scale[rows].view(shape)
-            normalized[key] = (obs[key].float() - center) * scale
+            normalized[key] = self._normalize(obs[key], center, scale)
             start += size
         return normalized
+
+    def _normalize(self, obs: th.Tensor, center: th.Tensor, scale: th.Tensor) -> th.Tensor:
+        # A tensor, so that a GPU is not waited for.
+        limit = th.where(self.obs_count > 0, OBS_CLIP, th.inf)
+        return ((obs.float() - center) * scale).clamp(-limit, limit)
 
     def normalize_actions(self, actions: th.Tensor) -> th.Tensor:
         """Actions of the env, shape (..., Da), in normalised action space."""

@@ -10,13 +10,16 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dppo.arguments import SAMPLER_ARGUMENTS, check_training_arguments
-from sb3_dppo.buffers import DenoisingRolloutBuffer, RewardScaler
+from sb3_dppo.buffers import DenoisingRolloutBuffer, RewardScaler, equal_slices
 from sb3_dppo.chunks import ChunkQueue
 from sb3_dppo.diffusion.sampler import SamplerConfig
 from sb3_dppo.features.observations import stack, take
 from sb3_dppo.policies import DiffusionActorCriticPolicy
 from sb3_dppo.runs.resumable import ResumableAlgorithm
 from sb3_dppo.schedules import make_schedule
+
+# Decisions whose log-probabilities are computed at once.
+ROWS_AT_ONCE = 1024
 
 
 class DecisionRollouts(ResumableAlgorithm):
@@ -31,6 +34,8 @@ class DecisionRollouts(ResumableAlgorithm):
     rollout_buffer: DenoisingRolloutBuffer  # type: ignore[assignment]
     reward_scaler: RewardScaler
     scale_rewards: bool
+    normalize_observations: bool | None
+    pretrained_on_demonstrations: bool
     min_sampling_std: Any
     on_bad_env: str
     n_bad_env_resets: int
@@ -130,6 +135,29 @@ class DecisionRollouts(ResumableAlgorithm):
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    @property
+    def updates_normalizer(self) -> bool:
+        """What ``normalize_observations`` comes to."""
+        normalizer = self.policy.normalizer
+        if self.pretrained_on_demonstrations or normalizer.has_ranges or not normalizer.has_vectors:
+            return False
+        if self.normalize_observations is not None:
+            return self.normalize_observations
+        vec_normalize = self.get_vec_normalize_env()
+        return vec_normalize is None or not vec_normalize.norm_obs
+
+    def _begin_normalization(self) -> None:
+        """
+        Let statistics of the first rollout normalise observations, before its update. What the policy says of its chains
+        changes, as little as an untrained policy depends on observations: that is what ratios begin with.
+        """
+        buffer, normalizer = self.rollout_buffer, self.policy.normalizer
+        normalizer.update(take(buffer.observations, slice(buffer.size())))
+        with th.no_grad():
+            for rows in equal_slices(buffer.size(), 1 + buffer.size() // ROWS_AT_ONCE):
+                log_prob = self.policy.chain_log_prob(take(buffer.observations, rows), buffer.chains[rows])
+                buffer.set_log_probs(rows, log_prob)
 
     def _plan(self, obs_tensor: PyTorchObs, env_index: np.ndarray) -> tuple[np.ndarray, th.Tensor, th.Tensor]:
         """

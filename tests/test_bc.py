@@ -86,7 +86,7 @@ def test_ends_with_ema_in_both_denoisers_and_new_optimisers(tmp_path: Path) -> N
 def test_normalisation_is_that_of_the_demonstrations() -> None:
     model, demonstrations = make_model(), make_demonstrations()
     BC(model, demonstrations)
-    assert not model.policy.normalizer.changes_observations
+    assert not model.policy.normalizer.has_ranges
     BC(model, demonstrations).train(1, progress_bar=False)
     features = model.policy.extract_features(th.as_tensor(demonstrations.observations))
     assert features[:, :-1].min() == pytest.approx(-1, abs=1e-5) and features[:, :-1].max() == pytest.approx(1, abs=1e-5)

@@ -54,7 +54,7 @@ def test_learns_with_every_setting(kwargs: dict[str, Any]) -> None:
     for name in after:
         changed = not th.equal(before[name], after[name])
         assert after[name].isfinite().all(), name
-        assert changed == name.startswith(("denoiser.", "critic.")), name
+        assert changed == name.startswith(("denoiser.", "critic.", "normalizer.obs_")), name
 
 
 def test_unet_learns() -> None:
@@ -168,7 +168,7 @@ def test_loss_is_the_same_for_both_orders_and_starts_at_ratio_one() -> None:
 
 
 def test_log_probs_are_averaged_over_executed_actions_only() -> None:
-    model = make_model(make_vec_env("Pendulum-v1", 1), learning_rate=0.0)
+    model = make_model(make_vec_env("Pendulum-v1", 1), learning_rate=0.0, normalize_observations=False)
     model.learn(16)
     samples = next(model.rollout_buffer.get(None))
     n_executed = th.ones_like(samples.n_executed)

@@ -111,10 +111,10 @@ def test_normalisation() -> None:
     policy = make_policy()
     obs = th.randn(4, 5)
     assert (policy.extract_features(obs) == obs).all()
-    assert not policy.normalizer.changes_observations
+    assert not policy.normalizer.has_ranges
     low, high = np.array([0.0, -1, 2, 5, 1000]), np.array([1.0, 3, 2, 9, 1001])
     policy.normalizer.set_ranges(low, high, np.array([-0.5, 0.2]), np.array([0.5, 0.2]))
-    assert policy.normalizer.changes_observations
+    assert policy.normalizer.has_ranges
     obs = th.as_tensor(np.stack([low, high, (low + high) / 2, low + 7])).float()
     expected = 2 * ((obs - obs[0]) / (obs[1] - obs[0] + 1e-6) - 0.5)
     expected[:, 2] = 0  # no range

@@ -116,7 +116,7 @@ def test_arguments_and_training_state(tmp_path: Path) -> None:
     ):
         assert getattr(loaded, name) == getattr(model, name), name
     assert loaded.pretrained_on_demonstrations and loaded._n_updates == model._n_updates
-    assert loaded.policy.normalizer.changes_observations
+    assert loaded.policy.normalizer.has_ranges
     assert loaded.policy.sampler.config.min_sampling_std == model._sampler_config().min_sampling_std
     for field in ("mean", "var", "count"):
         assert getattr(loaded.reward_scaler.statistics, field) == getattr(model.reward_scaler.statistics, field)
