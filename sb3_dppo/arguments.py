@@ -19,7 +19,7 @@ SAMPLER_ARGUMENTS = tuple(field.name for field in fields(SamplerConfig))
 # Of SB3's own policies, and why a diffusion policy has no use for them.
 OTHER_NOISE = "a diffusion policy explores with the noise of its denoising steps, see min_sampling_std"
 NOT_ARGUMENTS = {
-    **dict.fromkeys(("use_sde", "sde_sample_freq", "log_std_init", "full_std", "use_expln"), OTHER_NOISE),
+    **dict.fromkeys(("use_sde", "sde_sample_freq", "full_std", "use_expln"), OTHER_NOISE),
     "squash_output": "actions are scaled to the bounds of the action space",
     "ortho_init": "its networks begin with PyTorch's initial weights",
 }
@@ -30,7 +30,7 @@ NOT_NEGATIVE = ("clip_range_base", "vf_coef", "bc_coef", "kl_coef", "critic_warm
 POSITIVE = ("max_grad_norm", "target_kl")
 FRACTIONS = ("gamma", "gae_lambda")
 SCHEDULES = ("learning_rate", "critic_learning_rate", "eta_learning_rate", "clip_range", "clip_range_vf", "min_sampling_std")
-OPTIONAL = ("n_accumulate", "clip_range_base", "max_grad_norm", "target_kl", "clip_range_vf")
+OPTIONAL = ("n_accumulate", "clip_range_base", "max_grad_norm", "target_kl", "clip_range_vf", "min_sampling_std")
 CHOICES: dict[str, tuple[Any, ...]] = dict(
     shuffle=("pairs", "decisions", None), on_bad_env=ON_BAD_ENV, normalize_advantage=(True, False)
 )

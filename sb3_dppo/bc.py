@@ -181,6 +181,7 @@ class BC:
             policy.make_optimizers(self.model.lr_schedule(1))
             policy.set_training_mode(False)
             self.model.pretrained_on_demonstrations = True
+            policy.configure_sampler(self.model._sampler_config())
             self.model.n_rollouts = 0
         return self.model
 

@@ -34,7 +34,8 @@ class DPPO(DecisionRollouts):
     ``n_steps`` count env steps. The defaults are for learning from scratch; for fine-tuning see the documentation.
 
     The sampler's settings, from ``act_steps`` to ``precision``, are those of
-    :class:`~sb3_dppo.diffusion.sampler.SamplerConfig`; here ``min_sampling_std`` may be a schedule, too.
+    :class:`~sb3_dppo.diffusion.sampler.SamplerConfig`; here ``min_sampling_std`` may be a schedule, too. With neither
+    ``min_sampling_std`` nor ``min_logprob_std``, a policy that has learned from demonstrations has both at 0.1.
 
     Schedules are numbers, functions of the current progress remaining (from 1 to 0), or strings: "lin_1e-3" goes linearly from
     1e-3 to 0. What is assigned to a model acts from its next rollout or update on.
@@ -141,8 +142,8 @@ class DPPO(DecisionRollouts):
         eta_update_interval: int = 1,
         ft_denoising_steps: int | None = None,
         ft_denoising_anneal: tuple[int, int] | None = None,
-        min_sampling_std: float | str | Schedule = 0.2,
-        min_logprob_std: float = 0.2,
+        min_sampling_std: float | str | Schedule | None = None,
+        min_logprob_std: float | None = None,
         noise_clip: float = 3.0,
         deterministic_noise: str = "observation",
         n_accumulate: int | None = None,
@@ -398,7 +399,7 @@ class DPPO(DecisionRollouts):
         self.logger.record("train/clip_range", clip_range)
         if settings.clip_range_vf is not None:
             self.logger.record("train/clip_range_vf", settings.clip_range_vf)
-        self.logger.record("train/min_sampling_std", self.policy.sampler.config.min_sampling_std)
+        self.logger.record("train/std", th.as_tensor(self.policy.sampler.floors()[0]).mean().item())
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer", "policy.critic_optimizer", "policy.eta_optimizer"], []

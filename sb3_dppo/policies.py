@@ -68,6 +68,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     :param time_dim: Size of the time embedding, even.
     :param activation_fn: Activation of the denoiser and its observation encoder.
     :param critic_activation_fn: Activation of the critic.
+    :param log_std_init: Initial log of the std's floor, where that is learned (see ``min_sampling_std``).
     :param features_extractor_class: Features extractor, or the name of one of SB3's or ours, as in YAML; actor, base denoiser
         and critic each have their own.
     :param features_extractor_kwargs: Keyword arguments for it.
@@ -110,6 +111,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         time_dim: int = 16,
         activation_fn: type[nn.Module] = nn.ReLU,
         critic_activation_fn: type[nn.Module] = nn.Mish,
+        log_std_init: float = -0.5,
         features_extractor_class: type[BaseFeaturesExtractor] | str = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -184,6 +186,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
             layer_norm=arguments["critic_layer_norm"],
         )
         self.eta_network = make_eta_network(self.features_dim, self.action_dim)
+        self.log_std = nn.Parameter(th.full((self.action_dim,), float(arguments["log_std_init"])))
         self.base_denoiser = deepcopy(self.denoiser).requires_grad_(False)
         self.base_features_extractor = deepcopy(self.pi_features_extractor).requires_grad_(False)
         # Without parameters and buffers, the actor's features are also those of the base policy.
@@ -215,7 +218,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
 
     def make_optimizers(self, learning_rate: float) -> None:
         """Create new optimisers, with no state and this initial learning rate, for the actor, for the critic and for η."""
-        actor = [*self.denoiser.parameters(), *self.pi_features_extractor.parameters()]
+        actor = [*self.denoiser.parameters(), *self.pi_features_extractor.parameters(), self.log_std]
         critic = [*self.critic.parameters(), *self.vf_features_extractor.parameters()]
         self.optimizer, self.critic_optimizer, self.eta_optimizer = (
             self.optimizer_class(parameters, lr=learning_rate, **self.optimizer_kwargs)  # type: ignore[call-arg]

@@ -18,6 +18,8 @@ from sb3_dppo.policies import DiffusionActorCriticPolicy
 from sb3_dppo.runs.resumable import ResumableAlgorithm
 from sb3_dppo.schedules import make_schedule
 
+# The std's floors of a policy that has learned from demonstrations, unless others are given (Ren et al. 2024, table A7).
+PRETRAINED_STD = 0.1
 # Decisions whose log-probabilities are computed at once.
 ROWS_AT_ONCE = 1024
 
@@ -37,14 +39,18 @@ class DecisionRollouts(ResumableAlgorithm):
     normalize_observations: bool | None
     pretrained_on_demonstrations: bool
     min_sampling_std: Any
+    min_logprob_std: float | None
     on_bad_env: str
     n_bad_env_resets: int
 
     def _sampler_config(self) -> SamplerConfig:
         """The sampler's settings now."""
-        settings = {name: getattr(self, name) for name in SAMPLER_ARGUMENTS}
-        floor = make_schedule("min_sampling_std", self.min_sampling_std)(self._current_progress_remaining)
-        return SamplerConfig(**settings | dict(min_sampling_std=max(0.0, floor)))
+        settings, floor = {name: getattr(self, name) for name in SAMPLER_ARGUMENTS}, self.min_sampling_std
+        if floor is not None:
+            floor = max(0.0, make_schedule("min_sampling_std", floor)(self._current_progress_remaining))
+        elif self.min_logprob_std is None and self.pretrained_on_demonstrations:
+            floor = PRETRAINED_STD
+        return SamplerConfig(**settings | dict(min_sampling_std=floor))
 
     def _make_rollout_buffer(self) -> None:
         buffer_class: Any = self.rollout_buffer_class or DenoisingRolloutBuffer

@@ -117,7 +117,6 @@ def test_rollout_buffer_of_ppo() -> None:
     "name,value",
     [
         ("share_features_extractor", True),
-        ("log_std_init", -2),
         ("use_sde", True),
         ("ortho_init", False),
         ("use_expln", True),

@@ -51,10 +51,13 @@ def test_learns_with_every_setting(kwargs: dict[str, Any]) -> None:
     model.learn(100)
     assert model.num_timesteps == 144
     after = model.policy.state_dict()
+    learns = ("denoiser.", "critic.", "normalizer.obs_", *([] if "min_sampling_std" in kwargs else ["log_std"]))
     for name in after:
         changed = not th.equal(before[name], after[name])
         assert after[name].isfinite().all(), name
-        assert changed == name.startswith(("denoiser.", "critic.", "normalizer.obs_")), name
+        assert changed == name.startswith(
+            ("denoiser.", "critic.", "normalizer.obs_", *([] if "min_sampling_std" in kwargs else ["log_std"]))
+        ), name
 
 
 def test_unet_learns() -> None:

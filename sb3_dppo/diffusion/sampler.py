@@ -1,5 +1,6 @@
 """How a diffusion policy is sampled: settings, denoising chains, their log-probabilities, and η of DDIM, fixed or learned."""
 
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from sb3_dppo.diffusion.process import DenoisingChain, DenoisingProcess, gaussia
 LOG_PROB_RANGE = (-5.0, 2.0)
 # The std of DDPM's deterministic mode, which is 0 at the last step only.
 DDPM_EVALUATION_STD = 1e-3
+# Of a floor that is learned or follows from another: densities stay within LOG_PROB_RANGE.
+MIN_LOGPROB_STD = 0.05
 # Hidden units of the network for a state-dependent η.
 ETA_WIDTH = 64
 
@@ -44,8 +47,9 @@ class SamplerConfig:
     :param eta_range: Bounds of a learned η
     :param ft_denoising_steps: K', the last denoising steps, which are fine-tuned. The others run the frozen pre-trained
         policy. ``None`` means all.
-    :param min_sampling_std: Floor of each denoising step's std when exploring, in normalised action space [-1, 1]
-    :param min_logprob_std: Floor of the std in log-probabilities
+    :param min_sampling_std: Floor of each denoising step's std when exploring, in normalised action space [-1, 1]. ``None``:
+        as ``min_logprob_std``; if that is ``None``, too, the floor of both is learned, one for each action dimension.
+    :param min_logprob_std: Floor of the std in log-probabilities. ``None``: as ``min_sampling_std``, but at least 0.05.
     :param noise_clip: Clamp of the standard normal noise of each denoising step; the initial iterate is not clamped
     :param deterministic_noise: The noise of ``predict(deterministic=True)``: "observation" (a pseudo-random function of the
         observation, so that behaviour is distributed as with random noise and yet the same observation gives the same
@@ -65,8 +69,8 @@ class SamplerConfig:
     learn_eta: str | None = None
     eta_range: tuple[float, float] = (0.1, 1.0)
     ft_denoising_steps: int | None = None
-    min_sampling_std: float = 0.2
-    min_logprob_std: float = 0.2
+    min_sampling_std: float | None = None
+    min_logprob_std: float | None = None
     noise_clip: float = 3.0
     deterministic_noise: str = "observation"
     compile: bool | str = "auto"
@@ -83,12 +87,25 @@ class SamplerConfig:
             raise ValueError(f"eta_range={self.eta_range} must be two numbers with 0 <= low < high <= 1.")
         if self.noise_clip is None or not self.noise_clip > 0:
             raise ValueError(f"noise_clip={self.noise_clip} must be positive: use a large number for no clamp.")
-        if not self.min_sampling_std >= 0:
+        if self.min_sampling_std is not None and not self.min_sampling_std >= 0:
             raise ValueError(f"min_sampling_std={self.min_sampling_std} must not be negative.")
-        if not self.min_logprob_std > 0:
+        if self.min_logprob_std is not None and not self.min_logprob_std > 0:
             raise ValueError(
                 f"min_logprob_std={self.min_logprob_std} must be positive: the last step has no noise of its own."
             )
+
+    @property
+    def floors(self) -> tuple[Any, Any]:
+        """Those of the std in sampling and in log-probabilities, unless they are learned."""
+        sampling, log_prob = self.min_sampling_std, self.min_logprob_std
+        if log_prob is None and sampling is not None:
+            log_prob = max(sampling, MIN_LOGPROB_STD)
+        return log_prob if sampling is None else sampling, log_prob
+
+    @property
+    def learns_std(self) -> bool:
+        """Whether the floors are learned."""
+        return self.min_sampling_std is None and self.min_logprob_std is None
 
     def check(self, process: DenoisingProcess, horizon: int) -> None:
         """
@@ -115,8 +132,9 @@ class DiffusionSampler:
     and computes the log-probabilities of what was sampled.
 
     :param config: The settings.
-    :param networks: What has the networks as attributes, for instance a policy: ``process``, ``denoiser``, ``base_denoiser``
-        and ``eta_network``, from features to the offset of a learned η (:func:`make_eta_network`).
+    :param networks: What has the networks as attributes, for instance a policy: ``process``, ``denoiser``, ``base_denoiser``,
+        ``eta_network``, from features to the offset of a learned η (:func:`make_eta_network`), and ``log_std``, the log of a
+        learned floor of the std, shape (Da,).
     :param chunk_shape: (Tp, Da).
     :raises ValueError: naming the setting that does not fit the model.
     """
@@ -258,20 +276,22 @@ class DiffusionSampler:
 
     def _sampling_stds(self, deterministic: bool, learned_eta: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
         """``step_std`` and ``log_prob_std`` of :meth:`_denoise`."""
-        if learned_eta is None and deterministic in self._stds:
+        is_constant = learned_eta is None and not self.config.learns_std
+        if is_constant and deterministic in self._stds:
             return self._stds[deterministic]
         eta = self.config.eta if learned_eta is None else learned_eta
         sigma = self.process.sigmas()[:, None, None, None]
+        sampling_floor, log_prob_floor = self.floors()
         if not deterministic:
-            std = self._with_eta(sigma, eta).clamp(min=self.config.min_sampling_std)
+            std = self._with_eta(sigma, eta).clamp(min=sampling_floor)
         elif self.process.is_ddim:
             std = th.zeros_like(sigma)
         else:
             std = sigma.clamp(min=DDPM_EVALUATION_STD)
             std[-1] = 0.0
         log_prob_eta = eta if learned_eta is None else learned_eta[:, None]
-        log_prob_std = self._with_eta(sigma[self.n_base_steps :, 0], log_prob_eta).clamp(min=self.config.min_logprob_std)
-        if learned_eta is None:
+        log_prob_std = self._with_eta(sigma[self.n_base_steps :, 0], log_prob_eta).clamp(min=log_prob_floor)
+        if is_constant:
             self._stds[deterministic] = std, log_prob_std
         return std, log_prob_std
 
@@ -297,10 +317,10 @@ class DiffusionSampler:
         """
         :param denoising_index: Which steps, in 0 … K'-1, shape (N,).
         :param eta: DDIM's η, a number or of shape (N, 1, Da).
-        :return: Their std in log-probabilities, shape (N, 1, 1) or (N, 1, Da).
+        :return: Their std in log-probabilities, shape (N, 1, 1) or (N, 1, Da). Differentiable where it is learned.
         """
         sigma = self.process.sigmas()[self.n_base_steps :][denoising_index][:, None, None]
-        return self._with_eta(sigma, eta).clamp(min=self.config.min_logprob_std)
+        return self._with_eta(sigma, eta).clamp(min=self.floors()[1])
 
     def chain_log_prob(self, features: th.Tensor, chain: th.Tensor) -> th.Tensor:
         """
@@ -358,6 +378,17 @@ class DiffusionSampler:
             bias: Any = self.networks.eta_network[-1].bias
             offset = bias.expand(len(features), -1)
         return _InwardClamp.apply(self.config.eta + offset, *self.config.eta_range)[:, None]
+
+    def floors(self) -> tuple[Any, Any]:
+        """Floors of the std in sampling and in log-probabilities: numbers, or a learned one, shape (Da,)."""
+        if not self.config.learns_std:
+            return self.config.floors
+        learned = self.learned_std()
+        return learned, learned
+
+    def learned_std(self) -> th.Tensor:
+        """The learned floor of the std, shape (Da,). Differentiable."""
+        return _InwardClamp.apply(self.networks.log_std.exp(), MIN_LOGPROB_STD, math.inf)
 
     def _with_eta(self, sigma: th.Tensor, eta: float | th.Tensor) -> th.Tensor:
         """The std of steps whose std with η = 1 is ``sigma``."""

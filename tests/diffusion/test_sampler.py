@@ -1,5 +1,6 @@
 """η of DDIM: fixed, learned for each action dimension, learned as a function of the observation."""
 
+import math
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
@@ -185,3 +186,35 @@ def test_the_settings_cannot_be_changed_behind_the_samplers_back() -> None:
 def test_refuses(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_model(**kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [dict(), dict(scheduler="ddpm", inference_steps=None)])
+@pytest.mark.parametrize("std", [0.7, 1e-3])
+def test_a_learned_std_is_that_of_sampling_and_of_log_probabilities(kwargs: dict[str, Any], std: float) -> None:
+    model = make_model(min_sampling_std=None, min_logprob_std=None, **kwargs)
+    model.pretrained_on_demonstrations = False
+    policy, sampler = model.policy, model.policy.sampler
+    assert sampler.config.learns_std
+    with th.no_grad():
+        policy.log_std.fill_(math.log(std))
+    assert sampler.learned_std().item() == pytest.approx(max(std, 0.05))  # as low as log-probabilities allow
+    obs, noise = th.randn(3, 3), policy.draw_noise(3).clamp(-3, 3)
+    quiet = noise.clone()
+    quiet[-1] = 0.0
+    sample, without = policy.sample_chain(obs, noise=noise), policy.sample_chain(obs, noise=quiet)
+    # The last step has little noise of its own.
+    th.testing.assert_close(sample.actions - without.actions, noise[-1] * sampler.step_std(th.tensor([2]), 0.5)[0])
+    th.testing.assert_close(sampler.step_std(th.tensor([2]), 0.5).flatten(), sampler.learned_std())
+    th.testing.assert_close(policy.chain_log_prob(obs, sample.chain), sample.log_prob, rtol=1e-3, atol=1e-3)
+    # Where chains would be more probable under less noise, the gradient says so, unless that is at its bound.
+    policy.chain_log_prob(obs, without.chain)[:, -1].sum().neg().backward()
+    assert policy.log_std.grad is not None
+    assert (policy.log_std.grad > 0) if std == 0.7 else (policy.log_std.grad == 0)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "log_prob", "expected"), [(0.2, None, (0.2, 0.2)), (None, 0.3, (0.3, 0.3)), (0.0, None, (0.0, 0.05))]
+)
+def test_one_floor_gives_the_other(sampling: float | None, log_prob: float | None, expected: tuple[float, float]) -> None:
+    config = SamplerConfig(min_sampling_std=sampling, min_logprob_std=log_prob)
+    assert not config.learns_std and config.floors == expected
