@@ -1,0 +1,254 @@
+"""Tables and plots of a learning study's results."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from study import Study, key_of, read_results
+
+HEADER = ["algorithm", "seeds", "last evaluation", "best evaluation", "over random", "ratio to baseline", "CPU minutes"]
+MISSING = "–"
+REPETITIONS = 2000
+
+
+@dataclass
+class Scores:
+    """
+    Normalised scores of the last evaluations: 0 is the random policy and 1 the baseline's mean.
+
+    :param tasks: The envs, all those in which random policy, baseline and the compared algorithms have results.
+    :param values: By algorithm, shape (seeds, tasks).
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def load(study: Study, path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """
+    :param study: The study.
+    :param path: Its file of results.
+    :return: A row for each of the study's runs that is done, and what a reader must know about them.
+    """
+    rows = {key_of(row): row for row in read_results(path)}
+    runs = study.runs()
+    # A study may come to show fewer runs than its file has, but never others.
+    found = [rows[run.key] for run in runs if run.key in rows]
+    if not found:
+        raise ValueError(f"{path} has no results of this study: run it first (`learning.py run`).")
+    frame = pd.DataFrame(found)
+    frame["last"] = [evaluations[-1][1] for evaluations in frame["evaluations"]]
+    frame["best"] = [max(evaluation[1] for evaluation in evaluations) for evaluations in frame["evaluations"]]
+    notes = [f"{len(found)} of {len(runs)} runs are done."]
+    if len(rows) > len(found):
+        notes.append(f"{len(rows) - len(found)} results of other arguments, steps, seeds, envs or algorithms are left out.")
+    for (env, algorithm), group in frame.groupby(["env", "algorithm"], sort=False):
+        if len({str(arguments) for arguments in group["arguments"]}) > 1:
+            notes.append(f"{algorithm} in {env}: the constructor's defaults have changed between its runs.")
+    return frame, notes
+
+
+def tables(study: Study, frame: pd.DataFrame) -> dict[str, list[list[str]]]:
+    """
+    :param study: The study.
+    :param frame: From :func:`load`.
+    :return: Rows under ``HEADER`` by env.
+    """
+    result = {}
+    for env in study.envs:
+        means = frame[frame["env"] == env].groupby("algorithm")["last"].mean()
+        gains = means - means.get(study.random, np.nan)
+        rows = []
+        for name in study.algorithms:
+            group = frame[(frame["env"] == env) & (frame["algorithm"] == name)]
+            trained = len(group) and name != study.random
+            rows.append(
+                [
+                    name,
+                    str(len(group)),
+                    spread(group["last"]),
+                    spread(group["best"]) if trained else MISSING,
+                    number(gains.get(name, np.nan)) if trained else MISSING,
+                    number(gains.get(name, np.nan) / gains.get(study.baseline, np.nan), 2) if trained else MISSING,
+                    number(group["cpu_seconds"].mean() / 60) if trained else MISSING,
+                ]
+            )
+        result[env] = rows
+    return result
+
+
+def number(value: Any, digits: int = 1) -> str:
+    """A number, or a dash for NaN."""
+    return f"{value:.{digits}f}" if np.isfinite(value) else MISSING
+
+
+def spread(values: pd.Series) -> str:
+    """Mean ± standard deviation over seeds."""
+    if len(values) < 2:
+        return number(values.mean())
+    return f"{number(values.mean())} ± {number(values.std())}"
+
+
+def scores(study: Study, frame: pd.DataFrame) -> Scores:
+    """
+    :param study: The study.
+    :param frame: From :func:`load`.
+    :return: Scores of all algorithms but the random one; no tasks where none can be compared.
+    """
+    names = [name for name in study.algorithms if name != study.random]
+    if study.random is None or study.baseline in (None, study.random):
+        return Scores()
+    last = frame.pivot_table(index=["algorithm", "seed"], columns="env", values="last")
+    means = last.groupby("algorithm").mean()
+    compared = [name for name in names if name in means.index]
+    if not {study.random, study.baseline} <= set(means.index):
+        return Scores()
+    random, baseline = means.loc[study.random], means.loc[study.baseline]
+    # Without a baseline that is better than chance there is no scale.
+    tasks = [
+        env for env in study.envs if env in means and means.loc[compared, env].notna().all() and baseline[env] > random[env]
+    ]
+    normalised = (last[tasks] - random[tasks]) / (baseline[tasks] - random[tasks])
+    values = {name: normalised.loc[name].dropna().to_numpy() for name in compared}
+    return Scores(tasks, values) if tasks and all(len(array) for array in values.values()) else Scores()
+
+
+def summary(study: Study, frame: pd.DataFrame) -> list[str]:
+    """
+    :param study: The study.
+    :param frame: From :func:`load`.
+    :return: Lines about all tasks together.
+    """
+    try:
+        from rliable import library, metrics
+    except ImportError:
+        return ["For interquartile means with intervals over all tasks: pip install 'sb3-dppo[benchmarks]'."]
+    compared = scores(study, frame)
+    if not compared.tasks:
+        return ["No task yet in which random policy, baseline (better than random) and all algorithms have results."]
+    excluded = [env for env in study.envs if env not in compared.tasks]
+    lines = [
+        f"Over {len(compared.tasks)} tasks{f' (without {", ".join(excluded)})' if excluded else ''}: scores 0 for the random "
+        f"policy and 1 for the mean of {study.baseline}; 95 % intervals from a stratified bootstrap."
+    ]
+    # rliable draws from numpy's global generator: the same intervals each time.
+    np.random.seed(0)
+    points, intervals = library.get_interval_estimates(
+        compared.values, lambda values: np.array([metrics.aggregate_iqm(values)]), reps=REPETITIONS
+    )
+    for name, values in compared.values.items():
+        interval = intervals[name][:, 0]
+        line = f"{name}: interquartile mean {points[name][0]:.2f} [{interval[0]:.2f}, {interval[1]:.2f}], {len(values)} seeds"
+        if name != study.baseline:
+            better, bounds = library.get_interval_estimates(
+                {name: (values, compared.values[str(study.baseline)])}, metrics.probability_of_improvement, reps=REPETITIONS
+            )
+            low, high = np.ravel(bounds[name])
+            line += f"; probability of improvement over {study.baseline} {better[name]:.2f} [{low:.2f}, {high:.2f}]"
+        lines.append(line)
+    return lines
+
+
+def show(study: Study, path: Path, markdown: bool = False, picture: str | None = None) -> None:
+    """
+    Print tables and, where asked, draw a plot.
+
+    :param study: The study.
+    :param path: Its file of results.
+    :param markdown: Whether to print Markdown.
+    :param picture: File of the plot.
+    """
+    frame, notes = load(study, path)
+    console = Console()
+    header = [f"ratio to {study.baseline}" if name == "ratio to baseline" and study.baseline else name for name in HEADER]
+    for env, rows in tables(study, frame).items():
+        if markdown:
+            print(f"### {env}\n")
+            for row in [header, ["---", *["---:"] * (len(header) - 1)], *rows]:
+                print(f"| {' | '.join(row)} |")
+            print()
+        else:
+            table = Table(title=env, title_justify="left")
+            for index, name in enumerate(header):
+                table.add_column(name, justify="right" if index else "left")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+    for line in notes + summary(study, frame):
+        print(f"- {line}" if markdown else line)
+    if picture is not None:
+        plot(study, frame, picture)
+
+
+def plot(study: Study, frame: pd.DataFrame, path: str) -> None:
+    """
+    Learning curves of each env, mean and standard deviation over seeds, and with rliable performance profiles.
+
+    :param study: The study.
+    :param frame: From :func:`load`.
+    :param path: PNG file.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    profiles = _profiles(study, frame)
+    columns = min(4, len(study.envs) + bool(profiles))
+    rows = -(-(len(study.envs) + bool(profiles)) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.5 * rows), layout="constrained", squeeze=False)
+    axes = list(grid.flat)
+    for env, ax in zip(study.envs, axes, strict=False):
+        _curves(study, frame[frame["env"] == env], ax)
+        ax.set(title=env, xlabel="env steps", ylabel="return, deterministic")
+    used = len(study.envs)
+    if profiles:
+        ax = axes[used]
+        used += 1
+        for name, (thresholds, profile, bounds) in profiles.items():
+            color = f"C{list(study.algorithms).index(name)}"
+            ax.plot(thresholds, profile, label=name, color=color)
+            ax.fill_between(thresholds, *bounds, alpha=0.2, color=color)
+        ax.set(title="performance profiles", xlabel="normalised score", ylabel="share of runs above it")
+    for ax in axes[used:]:
+        ax.set_axis_off()
+    axes[0].legend()
+    figure.savefig(path, dpi=80, format="png")
+    plt.close(figure)
+
+
+def _curves(study: Study, frame: pd.DataFrame, ax: Any) -> None:
+    """The curves of one env."""
+    for index, name in enumerate(study.algorithms):
+        group = frame[frame["algorithm"] == name]
+        if not len(group):
+            ax.plot([], [], label=name, color=f"C{index}")
+        elif name == study.random:
+            ax.axhline(group["last"].mean(), color=f"C{index}", linestyle="--", label=name)
+        else:
+            # By number, since the last evaluation may come some steps later.
+            curves = [pd.DataFrame(evaluations)[[0, 1]] for evaluations in group["evaluations"]]
+            table = pd.concat(curves).groupby(level=0).agg(["mean", "std"]).fillna(0.0)
+            steps, mean, std = table[0]["mean"], table[1]["mean"], table[1]["std"]
+            ax.plot(steps, mean, label=name, color=f"C{index}")
+            ax.fill_between(steps, mean - std, mean + std, alpha=0.2, color=f"C{index}")
+
+
+def _profiles(study: Study, frame: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """By algorithm, thresholds of the normalised score, shares of runs above them, and their 95 % intervals."""
+    compared = scores(study, frame)
+    try:
+        from rliable import library
+    except ImportError:
+        return {}
+    if not compared.tasks:
+        return {}
+    best = max(float(values.max()) for values in compared.values.values())
+    thresholds = np.linspace(0.0, best, 51)
+    np.random.seed(0)
+    profiles, bounds = library.create_performance_profile(compared.values, thresholds, reps=200)
+    return {name: (thresholds, profiles[name], bounds[name]) for name in compared.values}

@@ -1,0 +1,210 @@
+"""One run of a learning study: training with evaluations that leave no trace in it."""
+
+import argparse
+import inspect
+import json
+import random
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+import yaml
+from stable_baselines3 import PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
+from study import Run
+
+import sb3_dppo
+from sb3_dppo import DPPO
+
+CLASSES: dict[str, type[BaseAlgorithm]] = {"dppo": DPPO, "ppo": PPO}
+# Envs that are evaluated side by side: a policy decides for ten in little more time than for one.
+EVAL_ENVS = 10
+# What says nothing about the algorithm.
+NOT_ARGUMENTS = {"self", "policy", "env", "seed", "device", "verbose", "tensorboard_log", "_init_setup_model", "unknown"}
+
+
+@contextmanager
+def undisturbed(seed: int) -> Iterator[None]:
+    """
+    Inside, the global generators begin with a seed; after it, they go on where they were.
+
+    :param seed: Seed.
+    """
+    states = random.getstate(), np.random.get_state(), th.get_rng_state()
+    set_random_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        th.set_rng_state(states[2])
+
+
+class RandomPolicy:
+    """
+    Actions drawn uniformly from the action space.
+
+    :param env: The envs that it acts in.
+    :param seed: Seed.
+    """
+
+    def __init__(self, env: VecEnv, seed: int) -> None:
+        self.action_space = env.action_space
+        self.action_space.seed(seed)
+
+    def predict(self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False) -> Any:
+        """One action for each observation."""
+        return np.stack([self.action_space.sample() for _ in range(len(observation))]), None
+
+
+class Evaluations(BaseCallback):
+    """
+    Evaluates the policy at even distances, the end excepted.
+
+    :param run: The run.
+    :param env: Envs of its own.
+    """
+
+    def __init__(self, run: Run, env: VecEnv) -> None:
+        super().__init__()
+        self.run = run
+        self.env = env
+        # The same episodes at every evaluation and for every algorithm, but others for each seed and none of training's.
+        self.seed = 1_000_000 + 1000 * run.seed
+        self.rows: list[list[float]] = []
+        self.seconds = np.zeros(2)
+
+    def _on_step(self) -> bool:
+        due = self.num_timesteps * self.run.evaluations // self.run.steps
+        # Past the last one, what is due is the evaluation after the last update.
+        if len(self.rows) < min(due, self.run.evaluations - 1):
+            before = clocks()
+            self.evaluate(self.model, self.run.eval_episodes)
+            self.seconds += clocks() - before
+        return True
+
+    def evaluate(self, policy: Any, episodes: int) -> None:
+        """
+        :param policy: A model, or the random policy.
+        :param episodes: Number of episodes.
+        """
+        with undisturbed(self.seed):
+            if isinstance(policy, BaseAlgorithm) and policy.get_vec_normalize_env() is not None:
+                assert policy.env is not None
+                sync_envs_normalization(policy.env, self.env)
+            self.env.seed(self.seed)
+            returns, _ = evaluate_policy(policy, self.env, episodes, deterministic=True, return_episode_rewards=True)
+        steps = getattr(policy, "num_timesteps", 0)
+        self.rows.append([steps, float(np.mean(returns)), float(np.std(returns)), episodes])
+
+
+def clocks() -> np.ndarray:
+    """Seconds of CPU and of the wall."""
+    return np.array([time.process_time(), time.perf_counter()])
+
+
+def run_one(run: Run) -> dict[str, Any]:
+    """
+    :param run: What to do.
+    :return: The line for the file of results.
+    """
+    versions = {name: version(name) for name in ("stable_baselines3", "torch", "gymnasium", "mujoco")}
+    versions.update(sb3_dppo=sb3_dppo.__version__, sb3_dppo_commit=commit())
+    training_return, seconds = None, np.zeros(2)
+    with tempfile.TemporaryDirectory() as folder:
+        if run.algo == "random":
+            eval_env = make_vec_env(run.env, min(EVAL_ENVS, run.final_eval_episodes))
+            evaluations = Evaluations(run, eval_env)
+            evaluations.evaluate(RandomPolicy(eval_env, evaluations.seed), run.final_eval_episodes)
+        else:
+            model, eval_env, callbacks = from_zoo(run, folder) if run.settings == "zoo" else from_defaults(run)
+            evaluations = Evaluations(run, eval_env)
+            before = clocks()
+            model.learn(run.steps, callback=[*callbacks, evaluations])
+            seconds = clocks() - before - evaluations.seconds
+            evaluations.evaluate(model, run.final_eval_episodes)
+            episodes = [episode["r"] for episode in model.ep_info_buffer or []]
+            training_return = float(np.mean(episodes)) if episodes else None
+            assert model.env is not None
+            model.env.close()
+        eval_env.close()
+    return {
+        **{
+            field: getattr(run, field)
+            for field in ("study", "env", "algorithm", "seed", "hash", "policy", "settings", "steps")
+        },
+        "arguments": used_arguments(run),
+        "evaluations": evaluations.rows,
+        "training_return": training_return,
+        "cpu_seconds": round(float(seconds[0]), 2),
+        "wall_seconds": round(float(seconds[1]), 2),
+        "versions": versions,
+    }
+
+
+def from_defaults(run: Run) -> tuple[BaseAlgorithm, VecEnv, list[BaseCallback]]:
+    """The model as a user makes it who changes nothing, and envs for evaluation."""
+    model = CLASSES[run.algo](run.policy, run.env, seed=run.seed, device="cpu", **run.arguments)
+    return model, make_vec_env(run.env, min(EVAL_ENVS, run.eval_episodes)), []
+
+
+def from_zoo(run: Run, folder: str) -> tuple[BaseAlgorithm, VecEnv, list[BaseCallback]]:
+    """The model as RL Zoo makes it from the entry, envs for evaluation, and the entry's callbacks."""
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    # RL Zoo looks for the entry by the env's id and wants a number of steps there.
+    config = Path(folder, "entry.yml")
+    config.write_text(yaml.safe_dump({run.env: {**run.arguments, "n_timesteps": run.steps}}), "utf-8")
+    manager = ExperimentManager(
+        argparse.Namespace(),
+        run.algo,
+        run.env,
+        folder,
+        n_timesteps=run.steps,
+        eval_freq=-1,
+        seed=run.seed,
+        verbose=0,
+        device="cpu",
+        config=str(config),
+    )
+    experiment = manager.setup_experiment()
+    assert experiment is not None
+    # RL Zoo itself leaves an entry's env_kwargs out in evaluation.
+    manager.eval_env_kwargs = manager.env_kwargs
+    return experiment[0], manager.create_envs(min(EVAL_ENVS, run.eval_episodes), eval_env=True), manager.callbacks
+
+
+def used_arguments(run: Run) -> dict[str, Any]:
+    """What the constructor was given and, for what it was not, its defaults at the time, all as JSON takes it."""
+    arguments = dict(run.arguments)
+    if run.algo in CLASSES:
+        parameters = inspect.signature(CLASSES[run.algo].__init__).parameters
+        defaults = {name: parameter.default for name, parameter in parameters.items() if name not in NOT_ARGUMENTS}
+        arguments = {**defaults, **arguments}
+    return json.loads(json.dumps(arguments, default=str))
+
+
+def commit() -> str | None:
+    """The last Git commit of our package's code, with a mark if it has been changed since; none where it is installed."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(sb3_dppo.__file__).parent), *arguments, "--", "."]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        last = git("log", "-1", "--format=%H")
+        return last + (" with changes" if git("status", "--porcelain") else "") if last else None
+    except (OSError, subprocess.CalledProcessError):
+        return None
