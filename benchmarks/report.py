@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from study import Study, key_of, read_results
 
-HEADER = ["algorithm", "seeds", "last evaluation", "best evaluation", "over random", "ratio to baseline", "CPU minutes"]
+HEADER = ["algorithm", "seeds", "last", "best", "over random", "ratio to baseline", "CPU min"]
 MISSING = "–"
 REPETITIONS = 2000
 
@@ -62,6 +62,9 @@ def tables(study: Study, frame: pd.DataFrame) -> dict[str, list[list[str]]]:
     for env in study.envs:
         means = frame[frame["env"] == env].groupby("algorithm")["last"].mean()
         gains = means - means.get(study.random, np.nan)
+        # No ratio to a baseline that is no better than chance.
+        scale = gains.get(study.baseline, np.nan)
+        scale = scale if scale > 0 else np.nan
         rows = []
         for name in study.algorithms:
             group = frame[(frame["env"] == env) & (frame["algorithm"] == name)]
@@ -73,7 +76,7 @@ def tables(study: Study, frame: pd.DataFrame) -> dict[str, list[list[str]]]:
                     spread(group["last"]),
                     spread(group["best"]) if trained else MISSING,
                     number(gains.get(name, np.nan)) if trained else MISSING,
-                    number(gains.get(name, np.nan) / gains.get(study.baseline, np.nan), 2) if trained else MISSING,
+                    number(gains.get(name, np.nan) / scale, 2) if trained else MISSING,
                     number(group["cpu_seconds"].mean() / 60) if trained else MISSING,
                 ]
             )
@@ -109,9 +112,8 @@ def scores(study: Study, frame: pd.DataFrame) -> Scores:
         return Scores()
     random, baseline = means.loc[study.random], means.loc[study.baseline]
     # Without a baseline that is better than chance there is no scale.
-    tasks = [
-        env for env in study.envs if env in means and means.loc[compared, env].notna().all() and baseline[env] > random[env]
-    ]
+    complete = means.loc[compared].notna().all() & (baseline > random)
+    tasks = [env for env in study.envs if complete.get(env, False)]
     normalised = (last[tasks] - random[tasks]) / (baseline[tasks] - random[tasks])
     values = {name: normalised.loc[name].dropna().to_numpy() for name in compared}
     return Scores(tasks, values) if tasks and all(len(array) for array in values.values()) else Scores()
@@ -130,10 +132,10 @@ def summary(study: Study, frame: pd.DataFrame) -> list[str]:
     compared = scores(study, frame)
     if not compared.tasks:
         return ["No task yet in which random policy, baseline (better than random) and all algorithms have results."]
-    excluded = [env for env in study.envs if env not in compared.tasks]
+    excluded = ", ".join(env for env in study.envs if env not in compared.tasks)
     lines = [
-        f"Over {len(compared.tasks)} tasks{f' (without {", ".join(excluded)})' if excluded else ''}: scores 0 for the random "
-        f"policy and 1 for the mean of {study.baseline}; 95 % intervals from a stratified bootstrap."
+        f"Over {len(compared.tasks)} tasks{f' (without {excluded})' if excluded else ''}: scores 0 for the random policy and "
+        f"1 for the mean of {study.baseline}; 95 % intervals from a stratified bootstrap."
     ]
     # rliable draws from numpy's global generator: the same intervals each time.
     np.random.seed(0)
@@ -174,10 +176,11 @@ def show(study: Study, path: Path, markdown: bool = False, picture: str | None =
         else:
             table = Table(title=env, title_justify="left")
             for index, name in enumerate(header):
-                table.add_column(name, justify="right" if index else "left")
+                table.add_column(name, justify="right" if index else "left", no_wrap=True)
             for row in rows:
                 table.add_row(*row)
             console.print(table)
+    notes = ["Returns are means ± standard deviations over seeds, of the last and of each run's best evaluation.", *notes]
     for line in notes + summary(study, frame):
         print(f"- {line}" if markdown else line)
     if picture is not None:
@@ -248,7 +251,7 @@ def _profiles(study: Study, frame: pd.DataFrame) -> dict[str, tuple[np.ndarray, 
     if not compared.tasks:
         return {}
     best = max(float(values.max()) for values in compared.values.values())
-    thresholds = np.linspace(0.0, best, 51)
+    thresholds = np.linspace(0.0, max(best, 1.0), 51)
     np.random.seed(0)
     profiles, bounds = library.create_performance_profile(compared.values, thresholds, reps=200)
     return {name: (thresholds, profiles[name], bounds[name]) for name in compared.values}

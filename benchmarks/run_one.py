@@ -120,7 +120,7 @@ def run_one(run: Run) -> dict[str, Any]:
     :param run: What to do.
     :return: The line for the file of results.
     """
-    versions = {name: version(name) for name in ("stable_baselines3", "torch", "gymnasium", "mujoco")}
+    versions: dict[str, str | None] = {name: version(name) for name in ("stable_baselines3", "torch", "gymnasium", "mujoco")}
     versions.update(sb3_dppo=sb3_dppo.__version__, sb3_dppo_commit=commit())
     training_return, seconds = None, np.zeros(2)
     with tempfile.TemporaryDirectory() as folder:
@@ -140,11 +140,9 @@ def run_one(run: Run) -> dict[str, Any]:
             assert model.env is not None
             model.env.close()
         eval_env.close()
+    fields = ("study", "env", "algorithm", "seed", "hash", "policy", "settings", "steps")
     return {
-        **{
-            field: getattr(run, field)
-            for field in ("study", "env", "algorithm", "seed", "hash", "policy", "settings", "steps")
-        },
+        **{field: getattr(run, field) for field in fields},
         "arguments": used_arguments(run),
         "evaluations": evaluations.rows,
         "training_return": training_return,

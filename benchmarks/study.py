@@ -41,9 +41,7 @@ class Algorithm(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> "Algorithm":
         if self.settings == "zoo" and (self.algo == "random" or self.policy is not None):
-            raise ValueError(
-                "settings: zoo goes neither with algo: random nor with policy, which the entry names; remove one."
-            )
+            raise ValueError("settings: zoo goes neither with algo: random nor with policy, which the entry has; remove one.")
         if self.zoo_env and self.settings != "zoo":
             raise ValueError("zoo_env has no effect without settings: zoo; add that or remove zoo_env.")
         return self
@@ -124,12 +122,15 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _known_names(self) -> "Study":
-        named = {"baseline": ([self.baseline] if self.baseline is not None else [], self.algorithms)}
-        named["env_overrides"] = (list(self.env_overrides), dict.fromkeys(self.envs))
+        algorithms = list(self.algorithms)
+        named = {
+            "baseline": ([self.baseline] if self.baseline is not None else [], algorithms),
+            "env_overrides": (list(self.env_overrides), self.envs),
+        }
         for env, override in self.env_overrides.items():
-            named[f"env_overrides.{env}.arguments"] = (list(override.arguments), self.algorithms)
+            named[f"env_overrides.{env}.arguments"] = (list(override.arguments), algorithms)
         for name, algorithm in self.algorithms.items():
-            named[f"algorithms.{name}.zoo_env"] = (list(algorithm.zoo_env), dict.fromkeys(self.envs))
+            named[f"algorithms.{name}.zoo_env"] = (list(algorithm.zoo_env), self.envs)
         for field, (values, known) in named.items():
             for value in values:
                 if value not in known:
@@ -224,7 +225,8 @@ def _explained(problem: Any) -> str:
     """The problem with field, value and way out."""
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        model = {"algorithms": Algorithm, "env_overrides": Override}.get(str(problem["loc"][0]), Study)
+        models: dict[str, type[BaseModel]] = {"algorithms": Algorithm, "env_overrides": Override}
+        model = models.get(str(problem["loc"][0]), Study)
         return f"{place}: there is no such field (value {problem['input']!r}); there are {_fields(model)}."
     if problem["type"] == "missing":
         return f"{place}: this field is missing; add it."
@@ -249,9 +251,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            raise ValueError(
-                f"{path}, line {number}, is not JSON: {line[:80]!r}; remove it, and its run is done again."
-            ) from None
+            raise ValueError(f"{path}, line {number}, is not JSON: {line[:80]!r}; remove it to run it again.") from None
     return rows
 
 
