@@ -1,11 +1,13 @@
 """Tables and plots of a learning study's results."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from study import Study, key_of, read_results
@@ -126,7 +128,7 @@ def summary(study: Study, frame: pd.DataFrame) -> list[str]:
     :return: Lines about all tasks together.
     """
     try:
-        from rliable import library, metrics
+        from rliable import metrics
     except ImportError:
         return ["For interquartile means with intervals over all tasks: pip install 'sb3-dppo[benchmarks]'."]
     compared = scores(study, frame)
@@ -137,22 +139,35 @@ def summary(study: Study, frame: pd.DataFrame) -> list[str]:
         f"Over {len(compared.tasks)} tasks{f' (without {excluded})' if excluded else ''}: scores 0 for the random policy and "
         f"1 for the mean of {study.baseline}; 95 % intervals from a stratified bootstrap."
     ]
-    # rliable draws from numpy's global generator: the same intervals each time.
-    np.random.seed(0)
-    points, intervals = library.get_interval_estimates(
-        compared.values, lambda values: np.array([metrics.aggregate_iqm(values)]), reps=REPETITIONS
-    )
     for name, values in compared.values.items():
-        interval = intervals[name][:, 0]
-        line = f"{name}: interquartile mean {points[name][0]:.2f} [{interval[0]:.2f}, {interval[1]:.2f}], {len(values)} seeds"
+        line = f"{name}: interquartile mean {_interval(metrics.aggregate_iqm, values)}, {len(values)} seeds"
         if name != study.baseline:
-            better, bounds = library.get_interval_estimates(
-                {name: (values, compared.values[str(study.baseline)])}, metrics.probability_of_improvement, reps=REPETITIONS
-            )
-            low, high = np.ravel(bounds[name])
-            line += f"; probability of improvement over {study.baseline} {better[name]:.2f} [{low:.2f}, {high:.2f}]"
+            better = _interval(metrics.probability_of_improvement, values, compared.values[str(study.baseline)])
+            line += f"; probability of improvement over {study.baseline} {better}"
         lines.append(line)
     return lines
+
+
+def bootstrap(statistic: Callable[..., Any], *values: np.ndarray) -> np.ndarray:
+    """
+    Ours and not rliable's, which stops with a TypeError with the newest version of its dependency arch.
+
+    :param statistic: Statistic of arrays of scores.
+    :param values: The arrays, shape (seeds, tasks): seeds are drawn with replacement, for each task anew.
+    :return: Bounds of its 95 % interval, shape (2, ...).
+    """
+    rng = np.random.default_rng(0)
+    draws = [
+        statistic(*(np.take_along_axis(array, rng.integers(len(array), size=array.shape), axis=0) for array in values))
+        for _ in range(REPETITIONS)
+    ]
+    return np.percentile(draws, [2.5, 97.5], axis=0)
+
+
+def _interval(statistic: Callable[..., Any], *values: np.ndarray) -> str:
+    """The statistic with its interval."""
+    low, high = bootstrap(statistic, *values)
+    return f"{statistic(*values):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def show(study: Study, path: Path, markdown: bool = False, picture: str | None = None) -> None:
@@ -174,9 +189,9 @@ def show(study: Study, path: Path, markdown: bool = False, picture: str | None =
                 print(f"| {' | '.join(row)} |")
             print()
         else:
-            table = Table(title=env, title_justify="left")
+            table = Table(title=env, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
             for index, name in enumerate(header):
-                table.add_column(name, justify="right" if index else "left", no_wrap=True)
+                table.add_column(name.replace(" ", "\n"), justify="right" if index else "left", no_wrap=True)
             for row in rows:
                 table.add_row(*row)
             console.print(table)
@@ -189,7 +204,7 @@ def show(study: Study, path: Path, markdown: bool = False, picture: str | None =
 
 def plot(study: Study, frame: pd.DataFrame, path: str) -> None:
     """
-    Learning curves of each env, mean and standard deviation over seeds, and with rliable performance profiles.
+    Learning curves of each env, mean and standard deviation over seeds, and performance profiles.
 
     :param study: The study.
     :param frame: From :func:`load`.
@@ -200,24 +215,18 @@ def plot(study: Study, frame: pd.DataFrame, path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    profiles = _profiles(study, frame)
-    columns = min(4, len(study.envs) + bool(profiles))
-    rows = -(-(len(study.envs) + bool(profiles)) // columns)
+    compared = scores(study, frame)
+    panels = len(study.envs) + bool(compared.tasks)
+    columns = min(4, panels)
+    rows = -(-panels // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.5 * rows), layout="constrained", squeeze=False)
     axes = list(grid.flat)
     for env, ax in zip(study.envs, axes, strict=False):
         _curves(study, frame[frame["env"] == env], ax)
         ax.set(title=env, xlabel="env steps", ylabel="return, deterministic")
-    used = len(study.envs)
-    if profiles:
-        ax = axes[used]
-        used += 1
-        for name, (thresholds, profile, bounds) in profiles.items():
-            color = f"C{list(study.algorithms).index(name)}"
-            ax.plot(thresholds, profile, label=name, color=color)
-            ax.fill_between(thresholds, *bounds, alpha=0.2, color=color)
-        ax.set(title="performance profiles", xlabel="normalised score", ylabel="share of runs above it")
-    for ax in axes[used:]:
+    if compared.tasks:
+        _profiles(study, compared, axes[panels - 1])
+    for ax in axes[panels:]:
         ax.set_axis_off()
     axes[0].legend()
     figure.savefig(path, dpi=80, format="png")
@@ -241,17 +250,15 @@ def _curves(study: Study, frame: pd.DataFrame, ax: Any) -> None:
             ax.fill_between(steps, mean - std, mean + std, alpha=0.2, color=f"C{index}")
 
 
-def _profiles(study: Study, frame: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """By algorithm, thresholds of the normalised score, shares of runs above them, and their 95 % intervals."""
-    compared = scores(study, frame)
-    try:
-        from rliable import library
-    except ImportError:
-        return {}
-    if not compared.tasks:
-        return {}
-    best = max(float(values.max()) for values in compared.values.values())
-    thresholds = np.linspace(0.0, max(best, 1.0), 51)
-    np.random.seed(0)
-    profiles, bounds = library.create_performance_profile(compared.values, thresholds, reps=200)
-    return {name: (thresholds, profiles[name], bounds[name]) for name in compared.values}
+def _profiles(study: Study, compared: Scores, ax: Any) -> None:
+    """Performance profiles: which share of runs, of all tasks alike, is above a normalised score."""
+    thresholds = np.linspace(0.0, max(1.0, *(float(values.max()) for values in compared.values.values())), 51)
+
+    def profile(values: np.ndarray) -> np.ndarray:
+        return (values > thresholds[:, None, None]).mean(axis=(1, 2))
+
+    for name, values in compared.values.items():
+        color = f"C{list(study.algorithms).index(name)}"
+        ax.plot(thresholds, profile(values), label=name, color=color)
+        ax.fill_between(thresholds, *bootstrap(profile, values), alpha=0.2, color=color)
+    ax.set(title="performance profiles", xlabel="normalised score", ylabel="share of runs above it")
