@@ -137,7 +137,7 @@ def summary(study: Study, frame: pd.DataFrame) -> list[str]:
     excluded = ", ".join(env for env in study.envs if env not in compared.tasks)
     lines = [
         f"Over {len(compared.tasks)} tasks{f' (without {excluded})' if excluded else ''}: scores 0 for the random policy and "
-        f"1 for the mean of {study.baseline}; 95 % intervals from a stratified bootstrap."
+        f"1 for the mean of {study.baseline}; 95 % intervals from a stratified bootstrap over seeds, this scale held fixed."
     ]
     for name, values in compared.values.items():
         line = f"{name}: interquartile mean {_interval(metrics.aggregate_iqm, values)}, {len(values)} seeds"
