@@ -26,6 +26,8 @@ from sb3_dppo.normalization import Normalizer
 PAPER_POLICY_KWARGS: dict[str, Any] = dict(
     denoising_steps=20, horizon=4, prediction_type="epsilon", net_arch=dict(pi=[512, 512, 512], vf=[256, 256, 256])
 )
+# Of the last layer's initial weights, where the denoiser predicts actions.
+OUTPUT_GAIN = 0.01
 # The arguments that make the denoising process of a trained denoiser, besides the sampler's.
 PROCESS_ARGUMENTS = (
     *("denoising_steps", "beta_schedule", "prediction_type", "clip_sample_range", "clip_noise_pred", "clip_final_action"),
@@ -373,11 +375,11 @@ class DiffusionMlpPolicy(DiffusionActorCriticPolicy):
 
     def _make_denoiser(self) -> Denoiser:
         arguments = self._constructor_parameters
-        return MlpDenoiser(
+        denoiser = MlpDenoiser(
             self.action_dim,
             self.horizon,
             self.features_dim,
-            self._constructor_parameters["denoising_steps"],
+            arguments["denoising_steps"],
             self.net_arch["pi"],  # type: ignore[call-overload]
             time_dim=arguments["time_dim"],
             activation_fn=self.activation_fn,
@@ -386,6 +388,12 @@ class DiffusionMlpPolicy(DiffusionActorCriticPolicy):
             obs_encoder_arch=arguments["obs_encoder_arch"],
             film=arguments["film"],
         )
+        if arguments["prediction_type"] == "sample":
+            # An untrained policy acts around the centre of the action space and explores evenly (Andrychowicz et al. 2021).
+            with th.no_grad():
+                for parameter in denoiser.mlp[-1].parameters():
+                    parameter.mul_(OUTPUT_GAIN)
+        return denoiser
 
 
 class DiffusionCnnPolicy(DiffusionMlpPolicy):
