@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_dppo.buffers import DenoisingRolloutBuffer
 from sb3_dppo.diffusion.sampler import SamplerConfig
@@ -24,13 +25,16 @@ NOT_ARGUMENTS = {
     "ortho_init": "its networks begin with PyTorch's initial weights",
 }
 
+# PPO's, of the sum of log-probabilities.
+CLIP_RANGE = 0.2
+
 # Numbers of DPPO that must be at least or above something.
 AT_LEAST_ONE = ("n_steps", "batch_size", "n_epochs", "n_accumulate", "eta_update_interval")
 NOT_NEGATIVE = ("clip_range_base", "vf_coef", "bc_coef", "kl_coef", "critic_warmup")
 POSITIVE = ("max_grad_norm", "target_kl")
 FRACTIONS = ("gamma", "gae_lambda")
 SCHEDULES = ("learning_rate", "critic_learning_rate", "eta_learning_rate", "clip_range", "clip_range_vf", "min_sampling_std")
-OPTIONAL = ("n_accumulate", "clip_range_base", "max_grad_norm", "target_kl", "clip_range_vf", "min_sampling_std")
+OPTIONAL = ("n_accumulate", "clip_range_base", "max_grad_norm", "target_kl", "clip_range_vf", "clip_range", "min_sampling_std")
 CHOICES: dict[str, tuple[Any, ...]] = dict(
     shuffle=("pairs", "decisions", None), on_bad_env=ON_BAD_ENV, normalize_advantage=(True, False)
 )
@@ -62,6 +66,14 @@ def check_action_space(action_space: spaces.Space) -> None:
         )
 
 
+def clip_range_schedule(model: Any) -> FloatSchedule:
+    """That of the last denoising step, as it is given, or PPO's over the numbers that log-probabilities are averaged over."""
+    clip_range = model.clip_range
+    if clip_range is None:
+        clip_range = CLIP_RANGE / (model.policy.sampler.act_steps * model.policy.action_dim)
+    return make_schedule("clip_range", clip_range)
+
+
 def check_training_arguments(model: Any) -> None:
     """Check what only matters for training: a loaded model may have another number of envs, or never be trained."""
     check_ranges(model)
@@ -71,7 +83,7 @@ def check_training_arguments(model: Any) -> None:
             f"n_steps={model.n_steps} must be a multiple of act_steps={act_steps}, because all envs plan together every "
             f"act_steps env steps: use {max(1, round(model.n_steps / act_steps)) * act_steps}."
         )
-    base, clip_range = model.clip_range_base, make_schedule("clip_range", model.clip_range)
+    base, clip_range = model.clip_range_base, clip_range_schedule(model)
     if base is not None and base > clip_range(1.0) == clip_range(0.0):
         raise ValueError(f"clip_range_base={base} must not exceed clip_range={clip_range(1.0)}: it is for the noisiest step.")
     if model.normalize_advantage:

@@ -53,8 +53,9 @@ class DPPO(DecisionRollouts):
     :param gamma: Discount factor of a decision of ``act_steps`` env steps; of a shorter one, γ^(its length / act_steps)
     :param gamma_denoising: Discount of the advantage per denoising step that is still to come
     :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator, per decision
-    :param clip_range: Clipping parameter at the last denoising step, a schedule. Log-probabilities are averaged over action
-        dimensions, so ratios stay closer to 1 than in PPO; a clip fraction of 0.1 to 0.2 is worth aiming at.
+    :param clip_range: Clipping parameter at the last denoising step, a schedule. Log-probabilities are averaged over the
+        executed actions and their dimensions, so ratios stay closer to 1 than in PPO. ``None`` means 0.2, as in PPO, over the
+        number of these.
     :param clip_range_base: Clipping parameter at the noisiest fine-tuned step; ``None`` means ``clip_range`` at every step
     :param clip_range_rate: How sharply the clipping parameter grows between them, exponentially; 0 is linear
     :param clip_range_vf: Clipping parameter for the value function, a schedule or ``None``. It depends on the reward scaling.
@@ -116,7 +117,7 @@ class DPPO(DecisionRollouts):
         gamma: float = 0.999,
         gamma_denoising: float = 0.9,
         gae_lambda: float = 0.98,
-        clip_range: float | Schedule = 0.1,
+        clip_range: float | Schedule | None = None,
         clip_range_base: float | None = None,
         clip_range_rate: float = 3.0,
         clip_range_vf: float | Schedule | None = None,
@@ -252,7 +253,8 @@ class DPPO(DecisionRollouts):
     def _setup_model(self) -> None:
         self._setup_lr_schedule()
         # As PPO keeps them.
-        self.clip_range = make_schedule("clip_range", self.clip_range)
+        if self.clip_range is not None:
+            self.clip_range = make_schedule("clip_range", self.clip_range)
         if self.clip_range_vf is not None:
             self.clip_range_vf = make_schedule("clip_range_vf", self.clip_range_vf)
         self.set_random_seed(self.seed)
@@ -355,9 +357,9 @@ class DPPO(DecisionRollouts):
 
     def _loss_settings(self) -> LossSettings:
         """What the losses depend on now."""
-        progress, K, vf = self._current_progress_remaining, self.policy.sampler.ft_denoising_steps, self.clip_range_vf
-        clip_range = make_schedule("clip_range", self.clip_range)(progress)
-        ranges = clip_ranges(K, clip_range, self.clip_range_base, self.clip_range_rate, self.device)
+        progress, sampler, vf = self._current_progress_remaining, self.policy.sampler, self.clip_range_vf
+        clip_range = arguments.clip_range_schedule(self)(progress)
+        ranges = clip_ranges(sampler.ft_denoising_steps, clip_range, self.clip_range_base, self.clip_range_rate, self.device)
         clip_range_vf = None if vf is None else make_schedule("clip_range_vf", vf)(progress)
         return LossSettings(ranges, clip_range_vf, self.vf_coef, self.ent_coef, self.bc_coef, self.kl_coef)
 
@@ -395,8 +397,7 @@ class DPPO(DecisionRollouts):
         self.logger.record("train/learning_rate", learning_rates["learning_rate"])
         self.logger.record("train/critic_learning_rate", learning_rates["critic_learning_rate"])
         self.logger.record("train/ft_denoising_steps", self.policy.sampler.ft_denoising_steps)
-        clip_range = make_schedule("clip_range", self.clip_range)(self._current_progress_remaining)
-        self.logger.record("train/clip_range", clip_range)
+        self.logger.record("train/clip_range", settings.clip_ranges[-1].item())
         if settings.clip_range_vf is not None:
             self.logger.record("train/clip_range_vf", settings.clip_range_vf)
         self.logger.record("train/std", th.as_tensor(self.policy.sampler.floors()[0]).mean().item())

@@ -60,7 +60,7 @@ def test_sampled_log_probs_are_those_of_the_chain(
 @pytest.mark.parametrize("layer_norm", [True, False])
 def test_film(residual: bool, layer_norm: bool) -> None:
     kwargs: dict[str, Any] = dict(residual=residual, layer_norm=layer_norm, obs_encoder_arch=[8, 6])
-    kwargs["net_arch"] = dict(pi=[16] * 3, vf=[16])
+    kwargs |= dict(net_arch=dict(pi=[16] * 3, vf=[16]), prediction_type="epsilon")
     plain, film = make_policy(**kwargs), make_policy(film=True, **kwargs)
     film.load_state_dict(plain.state_dict(), strict=False)
     obs, noise = th.randn(5, 5), plain.draw_noise(5)
