@@ -31,7 +31,7 @@ def main() -> None:
         "DiffusionMlpPolicy",
         env,
         # The policy: chunks of 4 actions in 20 denoising steps.
-        policy_kwargs=dict(horizon=4, denoising_steps=20, prediction_type="epsilon"),
+        policy_kwargs=dict(horizon=4, denoising_steps=20, prediction_type="epsilon", net_arch=[256, 256, 256]),
         # All 4 actions are executed before planning again; the last 10 denoising steps are fine-tuned.
         act_steps=4,
         ft_denoising_steps=10,

@@ -89,7 +89,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     critic: nn.Module
     eta_network: nn.Sequential
     process: DenoisingProcess
-    _default_net_arch: ClassVar[dict[str, list[int]]] = dict(pi=[256, 256, 256], vf=[256, 256, 256])
+    _default_net_arch: ClassVar[dict[str, list[int]]] = dict(pi=[256, 256], vf=[256, 256])
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
-        denoising_steps: int = 5,
+        denoising_steps: int = 2,
         beta_schedule: str = "squaredcos_cap_v2",
         horizon: int = 1,
         prediction_type: str = "sample",
