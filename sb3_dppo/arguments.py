@@ -173,7 +173,7 @@ def warn_about_training_arguments(model: Any) -> None:
     if vec_normalize is not None and vec_normalize.norm_reward and model.scale_rewards:
         warn("Rewards are scaled twice: use VecNormalize(norm_reward=False) or scale_rewards=False.")
     normalizer = model.policy.normalizer
-    normalizes = normalizer.has_ranges or normalizer.obs_count > 0 or model.updates_normalizer
+    normalizes = normalizer.has_ranges or normalizer.is_running or model.updates_normalizer
     if vec_normalize is not None and vec_normalize.norm_obs and normalizes:
         warn("Observations are normalised twice, as the policy does it itself: use VecNormalize(norm_obs=False).")
     if model.normalize_observations and not model.updates_normalizer:

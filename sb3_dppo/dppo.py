@@ -283,7 +283,7 @@ class DPPO(DecisionRollouts):
     def train(self) -> None:
         """Update actor and critic, which share no parameters, on the current rollout."""
         self._begin_update()
-        begins_normalization = self.updates_normalizer and bool(self.policy.normalizer.obs_count == 0)
+        begins_normalization = self.updates_normalizer and not self.policy.normalizer.is_running
         if begins_normalization:
             self._begin_normalization()
         self.policy.set_training_mode(True)

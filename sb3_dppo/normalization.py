@@ -45,9 +45,15 @@ class Normalizer(nn.Module):
         self.register_buffer("obs_scale", th.ones(obs_shape))
         # How many observations center and scale are the mean and 1 / std of; 0 if they are of something else.
         self.register_buffer("obs_count", th.zeros(()))
+        # Whether it is above 0: asked at each decision, where a GPU is not to be waited for.
+        self.is_running = False
         low, high = (th.as_tensor(bound, dtype=th.float).flatten() for bound in (action_space.low, action_space.high))
         self.register_buffer("action_center", (low + high) / 2)
         self.register_buffer("action_scale", (high - low) / 2)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.is_running = bool(self.obs_count > 0)
 
     def set_ranges(self, obs_min: np.ndarray, obs_max: np.ndarray, action_min: np.ndarray, action_max: np.ndarray) -> None:
         """
@@ -63,6 +69,7 @@ class Normalizer(nn.Module):
         self.obs_center.copy_(obs_low + obs_half)
         self.obs_scale.copy_(th.where(obs_range > 0, 1 / obs_half, 0.0))
         self.obs_count.zero_()
+        self.is_running = False
         self.action_center.copy_(th.where(action_range > 0, action_low + action_half, action_low))
         self.action_scale.copy_(action_half)
 
@@ -73,8 +80,9 @@ class Normalizer(nn.Module):
         """
         parts: Any = [obs[key] for key in self._vector_sizes] if isinstance(obs, dict) else [obs]
         vectors = th.cat([part.flatten(1) for part in parts], dim=1).view(-1, *self.obs_center.shape)
-        statistics = RunningMeanStd(shape=tuple(self.obs_center.shape))
-        if self.obs_count > 0:
+        # Nothing is known before: SB3 begins with a little of mean 0 and variance 1, much for a number that hardly varies.
+        statistics = RunningMeanStd(epsilon=0.0, shape=tuple(self.obs_center.shape))
+        if self.is_running:
             variance = (self.obs_scale.double() ** -2 - VARIANCE_EPS).clamp(min=0.0)
             statistics.mean, statistics.var = self.obs_center.double().cpu().numpy(), variance.cpu().numpy()
             statistics.count = self.obs_count.item()
@@ -82,6 +90,7 @@ class Normalizer(nn.Module):
         self.obs_center.copy_(th.as_tensor(statistics.mean))
         self.obs_scale.copy_(th.as_tensor(1 / np.sqrt(statistics.var + VARIANCE_EPS)))
         self.obs_count.fill_(statistics.count)
+        self.is_running = True
 
     @property
     def has_vectors(self) -> bool:
@@ -92,7 +101,7 @@ class Normalizer(nn.Module):
     def has_ranges(self) -> bool:
         """Whether observations are normalised by ranges that were set, those of demonstrations."""
         changed = (self.obs_center != 0).any() | (self.obs_scale != 1).any()
-        return bool(changed & (self.obs_count == 0))
+        return bool(changed) and not self.is_running
 
     def normalize_observations(self, obs: PyTorchObs) -> PyTorchObs:
         """Observations, shape (B, ...), or a dictionary of these, with normalised vectors."""
@@ -107,9 +116,8 @@ class Normalizer(nn.Module):
         return normalized
 
     def _normalize(self, obs: th.Tensor, center: th.Tensor, scale: th.Tensor) -> th.Tensor:
-        # A tensor, so that a GPU is not waited for.
-        limit = th.where(self.obs_count > 0, OBS_CLIP, th.inf)
-        return ((obs.float() - center) * scale).clamp(-limit, limit)
+        normalized = (obs.float() - center) * scale
+        return normalized.clamp(-OBS_CLIP, OBS_CLIP) if self.is_running else normalized
 
     def normalize_actions(self, actions: th.Tensor) -> th.Tensor:
         """Actions of the env, shape (..., Da), in normalised action space."""

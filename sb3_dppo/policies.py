@@ -291,8 +291,22 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         features = features if rows is None else [gather_rows(value, rows) for value in features]
         return features[0], features[1] if with_base else None
 
+    def shared_features(self, obs: PyTorchObs) -> th.Tensor | None:
+        """
+        Features that actor and critic have in common, to extract them once: those of an extractor without parameters.
+
+        :param obs: Observations, shape (B, ...).
+        :return: Shape (B, features_dim), or ``None`` where each has its own.
+        """
+        return None if self.extractor_learns else self.extract_features(obs)
+
     def sample_chain(
-        self, obs: PyTorchObs, deterministic: bool = False, noise: th.Tensor | None = None, use_base: bool = False
+        self,
+        obs: PyTorchObs,
+        deterministic: bool = False,
+        noise: th.Tensor | None = None,
+        use_base: bool = False,
+        features: th.Tensor | None = None,
     ) -> DenoisingChain:
         """
         Sample one chunk per observation, see :meth:`~sb3_dppo.diffusion.sampler.DiffusionSampler.sample`.
@@ -301,6 +315,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         :param deterministic: Evaluation instead of exploration.
         :param noise: Standard normal, shape (S+1, B, Tp, Da). ``None`` draws it.
         :param use_base: Run the base denoiser at every step.
+        :param features: Those of :meth:`shared_features`, where they are known.
         :return: Chunks, chains and log-probabilities.
         :raises ValueError: for noise of another shape.
         """
@@ -311,13 +326,12 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         elif noise.shape != shape:
             raise ValueError(f"noise has the shape {tuple(noise.shape)}, but must have {shape}: see draw_noise.")
         n_base_steps = sampler.inference_steps if use_base else sampler.n_base_steps
-        features = base_features = None
         with th.no_grad():
-            if n_base_steps > 0:
+            base_features = features = self.shared_features(obs) if features is None else features
+            if features is None and n_base_steps > 0:
                 base_features = self.extract_features(obs, self.base_features_extractor)  # type: ignore[arg-type]
-            if n_base_steps < sampler.inference_steps or sampler.config.learn_eta is not None:
-                shared = base_features is not None and not self.extractor_learns
-                features = base_features if shared else self.extract_features(obs)
+            if features is None and (n_base_steps < sampler.inference_steps or sampler.config.learn_eta is not None):
+                features = self.extract_features(obs)
             return sampler.sample(features, base_features, noise, n_base_steps, deterministic)
 
     def draw_noise(self, n: int, generator: th.Generator | None = None) -> th.Tensor:
@@ -352,9 +366,10 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
             noise = th.randn_like(actions)
         return self.sampler.bc_loss(self.extract_features(obs), actions, timesteps, noise)
 
-    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
-        """Values of observations, shape (B, 1)."""
-        features = self.extract_features(obs, self.vf_features_extractor)  # type: ignore[arg-type]
+    def predict_values(self, obs: PyTorchObs, features: th.Tensor | None = None) -> th.Tensor:
+        """Values of observations, shape (B, 1), whose :meth:`shared_features` may be known."""
+        if features is None:
+            features = self.extract_features(obs, self.vf_features_extractor)  # type: ignore[arg-type]
         with self.sampler.autocast():
             return self.critic(features).float()
 

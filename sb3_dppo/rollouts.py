@@ -171,11 +171,13 @@ class DecisionRollouts(ResumableAlgorithm):
         values of the observations, (B, 1), and log-probabilities averaged over the chains, (B,).
         """
         obs = take(obs_tensor, env_index)
-        sampled = self.policy.sample_chain(obs)
+        with th.no_grad():
+            features = self.policy.shared_features(obs)
+        sampled = self.policy.sample_chain(obs, features=features)
         chunks = self.policy.normalizer.unnormalize_actions(sampled.actions)
         # After the actions have left a GPU, so that it works while the envs step.
         with th.no_grad():
-            values = self.policy.predict_values(obs)
+            values = self.policy.predict_values(obs, features)
         self.rollout_buffer.add(env_index, obs, sampled.chain, sampled.log_prob, values)
         return chunks, values, sampled.log_prob.mean(dim=(1, 2, 3))
 

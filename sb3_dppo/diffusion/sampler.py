@@ -388,7 +388,8 @@ class DiffusionSampler:
 
     def learned_std(self) -> th.Tensor:
         """The learned floor of the std, shape (Da,). Differentiable."""
-        return _InwardClamp.apply(self.networks.log_std.exp(), MIN_LOGPROB_STD, math.inf)
+        std = self.networks.log_std.exp()
+        return _InwardClamp.apply(std, MIN_LOGPROB_STD, math.inf) if th.is_grad_enabled() else std.clamp(min=MIN_LOGPROB_STD)
 
     def _with_eta(self, sigma: th.Tensor, eta: float | th.Tensor) -> th.Tensor:
         """The std of steps whose std with η = 1 is ``sigma``."""

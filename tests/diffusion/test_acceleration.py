@@ -57,7 +57,7 @@ def test_without_a_compiler_denoising_runs_as_it_is(tmp_path) -> None:
     code = (
         "import sys, torch as th; from sb3_dppo import DPPO\n"
         "kwargs = dict(n_steps=16, batch_size=32, seed=0, device='cpu')\n"
-        "noise, obs = th.randn(6, 2, 1, 1), th.randn(2, 3)\n"
+        "noise, obs = th.randn(3, 2, 1, 1), th.randn(2, 3)\n"
         "models = [DPPO('DiffusionMlpPolicy', 'Pendulum-v1', compile=c, **kwargs) for c in (True, False)]\n"
         "chains = [model.policy.sample_chain(obs, noise=noise) for model in models]\n"
         "assert all(th.equal(*pair) for pair in zip(*chains))\n"
