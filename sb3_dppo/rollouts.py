@@ -108,9 +108,13 @@ class DecisionRollouts(ResumableAlgorithm):
         for n_steps in range(n_rollout_steps):
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
             planning = dones | (n_steps % act_steps == 0)
-            if planning.any():
+            if planning.all():
+                chunks, values, log_probs = self._plan(obs_tensor, np.arange(env.num_envs))
+                queue.put(planning, chunks)
+            elif planning.any():
+                env_index = np.flatnonzero(planning)
                 values, log_probs = values.clone(), log_probs.clone()
-                chunks, values[planning], log_probs[planning] = self._plan(obs_tensor, np.flatnonzero(planning))
+                chunks, values[planning], log_probs[planning] = self._plan(take(obs_tensor, env_index), env_index)
                 queue.put(planning, chunks)
             actions = clipped_actions = queue.pop()
 
@@ -165,12 +169,11 @@ class DecisionRollouts(ResumableAlgorithm):
                 log_prob = self.policy.chain_log_prob(take(buffer.observations, rows), buffer.chains[rows])
                 buffer.set_log_probs(rows, log_prob)
 
-    def _plan(self, obs_tensor: PyTorchObs, env_index: np.ndarray) -> tuple[np.ndarray, th.Tensor, th.Tensor]:
+    def _plan(self, obs: PyTorchObs, env_index: np.ndarray) -> tuple[np.ndarray, th.Tensor, th.Tensor]:
         """
-        Decide in B of the envs, of which all observe ``obs_tensor``, and keep it. Gives chunks, (B, Tp, *action_space.shape),
+        Decide in B of the envs, which observe ``obs``, and keep it. Gives chunks, (B, Tp, *action_space.shape),
         values of the observations, (B, 1), and log-probabilities averaged over the chains, (B,).
         """
-        obs = take(obs_tensor, env_index)
         with th.no_grad():
             features = self.policy.shared_features(obs)
         sampled = self.policy.sample_chain(obs, features=features)
