@@ -22,7 +22,6 @@ OTHER_NOISE = "a diffusion policy explores with the noise of its denoising steps
 NOT_ARGUMENTS = {
     **dict.fromkeys(("use_sde", "sde_sample_freq", "full_std", "use_expln"), OTHER_NOISE),
     "squash_output": "actions are scaled to the bounds of the action space",
-    "ortho_init": "its networks begin with PyTorch's initial weights",
 }
 
 # PPO's, of the sum of log-probabilities.

@@ -111,7 +111,7 @@ class DPPO(DecisionRollouts):
         critic_learning_rate: float | str | Schedule = 1e-3,
         lr_decay: str = "constant",
         lr_warmup: float = 0.0,
-        n_steps: int = 512,
+        n_steps: int = 1024,
         batch_size: int = 128,
         n_epochs: int = 10,
         gamma: float = 0.99,

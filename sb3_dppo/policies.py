@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any, ClassVar
 
 import torch as th
@@ -26,8 +27,8 @@ from sb3_dppo.normalization import Normalizer
 PAPER_POLICY_KWARGS: dict[str, Any] = dict(
     denoising_steps=20, horizon=4, prediction_type="epsilon", net_arch=dict(pi=[512, 512, 512], vf=[256, 256, 256])
 )
-# Of the last layer's initial weights, where the denoiser predicts actions.
-OUTPUT_GAIN = 0.01
+# Of orthogonal initial weights, as Stable-Baselines3's policies have: of hidden layers, and of the layer that outputs actions.
+HIDDEN_GAIN, ACTION_GAIN = 2**0.5, 0.01
 # The arguments that make the denoising process of a trained denoiser, besides the sampler's.
 PROCESS_ARGUMENTS = (
     *("denoising_steps", "beta_schedule", "prediction_type", "clip_sample_range", "clip_noise_pred", "clip_final_action"),
@@ -70,6 +71,9 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     :param time_dim: Size of the time embedding, even.
     :param activation_fn: Activation of the denoiser and its observation encoder.
     :param critic_activation_fn: Activation of the critic.
+    :param ortho_init: Use orthogonal initial weights in the critic and in ``DiffusionMlpPolicy``'s denoiser, whose last layer is
+        small then: an untrained policy acts around the centre of the action space and explores evenly (Andrychowicz et al.
+        2021). ``None``: where ``prediction_type="sample"``.
     :param log_std_init: Initial log of the std's floor, where that is learned (see ``min_sampling_std``).
     :param features_extractor_class: Features extractor, or the name of one of SB3's or ours, as in YAML; actor, base denoiser
         and critic each have their own.
@@ -86,10 +90,10 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
 
     denoiser: Denoiser
     base_denoiser: Denoiser
-    critic: nn.Module
+    critic: nn.Sequential
     eta_network: nn.Sequential
     process: DenoisingProcess
-    _default_net_arch: ClassVar[dict[str, list[int]]] = dict(pi=[256, 256], vf=[256, 256])
+    _default_net_arch: ClassVar[dict[str, list[int]]] = dict(pi=[64, 64], vf=[64, 64])
 
     def __init__(
         self,
@@ -113,7 +117,8 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         time_dim: int = 16,
         activation_fn: type[nn.Module] = nn.ReLU,
         critic_activation_fn: type[nn.Module] = nn.Mish,
-        log_std_init: float = -0.5,
+        ortho_init: bool | None = None,
+        log_std_init: float = 0.0,
         features_extractor_class: type[BaseFeaturesExtractor] | str = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -155,6 +160,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
             lr_schedule,
             net_arch=self._default_net_arch | (net_arch or {}),
             activation_fn=activation_fn,
+            ortho_init=prediction_type == "sample" if ortho_init is None else ortho_init,
             features_extractor_class=features_extractor_class,
             features_extractor_kwargs=dict(features_extractor_kwargs or {}),
             share_features_extractor=False,
@@ -187,6 +193,9 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
             residual=residual,
             layer_norm=arguments["critic_layer_norm"],
         )
+        if self.ortho_init:
+            self.critic.apply(partial(self.init_weights, gain=HIDDEN_GAIN))
+            self.init_weights(self.critic[-1], gain=1.0)
         self.eta_network = make_eta_network(self.features_dim, self.action_dim)
         self.log_std = nn.Parameter(th.full((self.action_dim,), float(arguments["log_std_init"])))
         self.base_denoiser = deepcopy(self.denoiser).requires_grad_(False)
@@ -403,11 +412,9 @@ class DiffusionMlpPolicy(DiffusionActorCriticPolicy):
             obs_encoder_arch=arguments["obs_encoder_arch"],
             film=arguments["film"],
         )
-        if arguments["prediction_type"] == "sample":
-            # An untrained policy acts around the centre of the action space and explores evenly (Andrychowicz et al. 2021).
-            with th.no_grad():
-                for parameter in denoiser.mlp[-1].parameters():
-                    parameter.mul_(OUTPUT_GAIN)
+        if self.ortho_init:
+            denoiser.apply(partial(self.init_weights, gain=HIDDEN_GAIN))
+            self.init_weights(denoiser.mlp[-1], gain=ACTION_GAIN)
         return denoiser
 
 

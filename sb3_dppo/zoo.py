@@ -79,8 +79,15 @@ def _with_fixed_hyperparams(objective: Any) -> Any:
         if manager.algo == "dppo":
             act_steps = _act_steps(manager)
             trial.suggest_int("act_steps", act_steps, act_steps)
-            if not {"min_sampling_std", "min_logprob_std"} & set(manager._hyperparams):
-                trial.suggest_float("min_std", 0.03, 0.3, log=True)
+            fixed = set(manager._hyperparams)
+            if "pretrained" not in fixed and "policy_kwargs" not in fixed:
+                trial.suggest_categorical("denoising_steps", [2, 3, 5])
+                trial.suggest_categorical("width", [64, 128, 256])
+            if not {"min_sampling_std", "min_logprob_std"} & fixed:
+                if "pretrained" in fixed:
+                    trial.suggest_float("min_std", 0.03, 0.3, log=True)
+                elif "policy_kwargs" not in fixed:
+                    trial.suggest_float("log_std_init", -1.0, 0.5)
         return objective(manager, trial)
 
     return wrapped
@@ -109,16 +116,18 @@ def sample_dppo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
     :param additional_args: Not used.
     :return: Arguments of DPPO.
     """
-    trial.suggest_int("n_steps_pow", 6, 10)
-    trial.suggest_int("batch_size_pow", 9, 14)
+    trial.suggest_int("n_steps_pow", 7, 11)
+    trial.suggest_int("batch_size_pow", 6, 12)
     trial.suggest_categorical("n_epochs", [5, 10, 20])
     trial.suggest_float("learning_rate", 3e-5, 1e-3, log=True)
     trial.suggest_float("critic_learning_rate", 3e-4, 3e-3, log=True)
     trial.suggest_float("one_minus_gamma", 0.001, 0.05, log=True)
     trial.suggest_float("one_minus_gae_lambda", 0.01, 0.2, log=True)
     trial.suggest_categorical("gamma_denoising", [0.8, 0.9, 0.95, 0.99, 1.0])
-    trial.suggest_float("clip_range", 0.01, 0.2, log=True)
+    # As in PPO, of a ratio of sums.
+    trial.suggest_float("clip_range_of_sum", 0.05, 0.8, log=True)
     trial.suggest_float("clip_range_base_fraction", 0.1, 1.0, log=True)
+    trial.suggest_int("n_actions", n_actions, n_actions)
     return convert_dppo_params(trial.params)
 
 
@@ -131,11 +140,15 @@ def convert_dppo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     # A multiple of ``act_steps``, and more than one decision.
     act_steps = params.pop("act_steps", 1)
     params["n_steps"] = act_steps * max(2, round(2 ** params.pop("n_steps_pow") / act_steps))
+    params["clip_range"] = params.pop("clip_range_of_sum") / (act_steps * params.pop("n_actions"))
     params["clip_range_base"] = params["clip_range"] * params.pop("clip_range_base_fraction")
     if "min_std" in params:
         # One floor for both, so that log-probabilities are those of the noise that was drawn.
         params["min_sampling_std"] = params["min_logprob_std"] = params.pop("min_std")
-    return params
+    policy_kwargs = {name: params.pop(name) for name in ("denoising_steps", "log_std_init") if name in params}
+    if "width" in params:
+        policy_kwargs["net_arch"] = [params.pop("width")] * 2
+    return params | (dict(policy_kwargs=policy_kwargs) if policy_kwargs else {})
 
 
 def scripts() -> list[str]:

@@ -118,7 +118,6 @@ def test_rollout_buffer_of_ppo() -> None:
     [
         ("share_features_extractor", True),
         ("use_sde", True),
-        ("ortho_init", False),
         ("use_expln", True),
         ("full_std", False),
         ("squash_output", True),

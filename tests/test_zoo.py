@@ -56,6 +56,9 @@ def test_optimise_and_train_a_trial(tmp_path: Path) -> None:
     common = ("--algo", "dppo", "--env", "Pendulum-v1", "-n", "300", "-params", "n_envs:2", SMALL)
     out = train(*common, "-optimize", "--n-trials", "2", "--eval-episodes", "1", "--no-optim-plots", *storage, cwd=tmp_path)
     assert "Best trial" in out and list((tmp_path / "logs/dppo").glob("report_*.csv"))
+    # SMALL is fixed, and stays.
+    trials = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path}/study.db").trials
+    assert not any({"width", "denoising_steps", "log_std_init", "min_std"} & set(trial.params) for trial in trials)
     out = train(*common, "--trial-id", "1", *storage, cwd=tmp_path)
     assert "Loading from Optuna study" in out and "'clip_range_base'" in out
 
@@ -78,12 +81,11 @@ def test_trials_fit_what_the_user_fixes(tmp_path: Path) -> None:
     assert "min_sampling_std" not in params and model.min_logprob_std == 0.5
 
 
-def test_trials_with_a_pre_trained_agent_of_another_horizon(tmp_path: Path) -> None:
-    """Where the horizon is in a file, and floors that are not fixed are equal."""
+def one_trial(tmp_path: Path, **entry: Any) -> dict[str, Any]:
+    """The arguments of DPPO in one trial with this entry of a YAML file."""
     from rl_zoo3.exp_manager import ExperimentManager
 
-    entry = dict(policy="DiffusionMlpPolicy", n_timesteps=8, pretrained=str(pretrained(tmp_path / "agent.zip", horizon=7)))
-    (tmp_path / "fixed.yml").write_text(yaml.dump({"default": entry}))
+    (tmp_path / "fixed.yml").write_text(yaml.dump({"default": dict(policy="DiffusionMlpPolicy", n_timesteps=8, **entry)}))
     manager = ExperimentManager(
         argparse.Namespace(),
         "dppo",
@@ -98,16 +100,37 @@ def test_trials_with_a_pre_trained_agent_of_another_horizon(tmp_path: Path) -> N
     assert manager.setup_experiment() is None
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     study.optimize(manager.objective, n_trials=1)
-    params = convert_dppo_params(study.trials[0].params)
+    return convert_dppo_params(study.trials[0].params)
+
+
+def test_trials_with_a_pre_trained_agent_of_another_horizon(tmp_path: Path) -> None:
+    """Where the horizon is in a file, and floors that are not fixed are equal."""
+    params = one_trial(tmp_path, pretrained=str(pretrained(tmp_path / "agent.zip", horizon=7)))
     assert params["n_steps"] % 7 == 0 and 0.03 <= params["min_sampling_std"] == params["min_logprob_std"] <= 0.3
+    assert "policy_kwargs" not in params
+
+
+def test_trials_from_scratch_tune_the_policy_and_its_exploration(tmp_path: Path) -> None:
+    params = one_trial(tmp_path)
+    assert set(params["policy_kwargs"]) == {"denoising_steps", "net_arch", "log_std_init"}
+    assert -1 <= params["policy_kwargs"]["log_std_init"] <= 0.5 and "min_sampling_std" not in params
 
 
 @pytest.mark.parametrize("act_steps", [1, 3, 16, 100])
 def test_converted_n_steps(act_steps: int) -> None:
     """Close to the power of two, a multiple of act_steps, and at least two decisions."""
-    trial = dict(batch_size_pow=9, one_minus_gamma=0.1, one_minus_gae_lambda=0.1, clip_range=0.1, clip_range_base_fraction=1.0)
+    trial = dict(
+        batch_size_pow=9,
+        one_minus_gamma=0.1,
+        one_minus_gae_lambda=0.1,
+        clip_range_of_sum=0.2,
+        clip_range_base_fraction=1.0,
+        n_actions=2,
+    )
     for power in range(6, 11):
-        n_steps = convert_dppo_params(trial | dict(n_steps_pow=power, act_steps=act_steps))["n_steps"]
+        params = convert_dppo_params(trial | dict(n_steps_pow=power, act_steps=act_steps))
+        n_steps = params["n_steps"]
+        assert params["clip_range"] == pytest.approx(0.2 / (2 * act_steps)) and params["clip_range_base"] == params["clip_range"]
         assert n_steps % act_steps == 0 and n_steps >= 2 * act_steps
         assert abs(n_steps - 2**power) <= max(act_steps / 2, 2 * act_steps - 2**power)
 
