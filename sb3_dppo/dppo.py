@@ -127,7 +127,7 @@ class DPPO(DecisionRollouts):
         vf_coef: float = 0.5,
         bc_coef: float = 0.0,
         kl_coef: float = 0.0,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | None = 0.5,
         target_kl: float | None = None,
         critic_warmup: int = 0,
         scale_rewards: bool = True,

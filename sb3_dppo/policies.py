@@ -69,8 +69,9 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     :param obs_encoder_arch: Widths of an encoder of the observation inside the denoiser, or ``None``.
     :param film: Let time and observation scale and shift the denoiser's hidden layers, too (FiLM).
     :param time_dim: Size of the time embedding, even.
-    :param activation_fn: Activation of the denoiser and its observation encoder.
-    :param critic_activation_fn: Activation of the critic.
+    :param activation_fn: Activation of the denoiser and its observation encoder. ``None``: Tanh, as in PPO, where
+        ``prediction_type="sample"``, and elsewhere ReLU, as in the paper.
+    :param critic_activation_fn: Activation of the critic. ``None``: in the same way Tanh or Mish.
     :param ortho_init: Use orthogonal initial weights in the critic and in ``DiffusionMlpPolicy``'s denoiser, whose last layer is
         small then: an untrained policy acts around the centre of the action space and explores evenly (Andrychowicz et al.
         2021). ``None``: where ``prediction_type="sample"``.
@@ -115,8 +116,8 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         obs_encoder_arch: list[int] | None = None,
         film: bool = False,
         time_dim: int = 16,
-        activation_fn: type[nn.Module] = nn.ReLU,
-        critic_activation_fn: type[nn.Module] = nn.Mish,
+        activation_fn: type[nn.Module] | None = None,
+        critic_activation_fn: type[nn.Module] | None = None,
         ortho_init: bool | None = None,
         log_std_init: float = 0.0,
         features_extractor_class: type[BaseFeaturesExtractor] | str = FlattenExtractor,
@@ -139,6 +140,12 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
                 raise ValueError(f"{name} is unknown: choose one of {list(EXTRACTORS)} or a class.")
             features_extractor_class = EXTRACTORS[features_extractor_class]
         check_observation_space(observation_space, features_extractor_class, normalize_images)
+        if activation_fn is None:
+            activation_fn = nn.Tanh if prediction_type == "sample" else nn.ReLU
+        if critic_activation_fn is None:
+            critic_activation_fn = nn.Tanh if prediction_type == "sample" else nn.Mish
+        if ortho_init is None:
+            ortho_init = prediction_type == "sample"
         self._constructor_parameters = {
             name: value
             for name, value in locals().items()
@@ -160,7 +167,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
             lr_schedule,
             net_arch=self._default_net_arch | (net_arch or {}),
             activation_fn=activation_fn,
-            ortho_init=prediction_type == "sample" if ortho_init is None else ortho_init,
+            ortho_init=ortho_init,
             features_extractor_class=features_extractor_class,
             features_extractor_kwargs=dict(features_extractor_kwargs or {}),
             share_features_extractor=False,
