@@ -40,6 +40,8 @@ def main() -> None:
         # Small rollouts and careful steps: the policy is good already.
         n_steps=256,
         batch_size=1280,
+        n_epochs=5,
+        max_grad_norm=None,
         gamma=0.99,
         gamma_denoising=0.99,
         gae_lambda=0.95,

@@ -49,6 +49,8 @@ def main() -> None:
         # A rollout holds some 40 episodes, each with one reward at most.
         n_steps=200,
         batch_size=2500,
+        n_epochs=5,
+        max_grad_norm=None,
         lr_decay="cosine",
         gamma=0.99,
         gamma_denoising=0.99,
