@@ -72,9 +72,9 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     :param activation_fn: Activation of the denoiser and its observation encoder. ``None``: Tanh, as in PPO, where
         ``prediction_type="sample"``, and elsewhere ReLU, as in the paper.
     :param critic_activation_fn: Activation of the critic. ``None``: in the same way Tanh or Mish.
-    :param ortho_init: Use orthogonal initial weights in the critic and in ``DiffusionMlpPolicy``'s denoiser, whose last layer is
-        small then: an untrained policy acts around the centre of the action space and explores evenly (Andrychowicz et al.
-        2021). ``None``: where ``prediction_type="sample"``.
+    :param ortho_init: Use orthogonal initial weights in the critic and in ``DiffusionMlpPolicy``'s denoiser, whose last layer
+        is small then: an untrained policy acts around the centre of the action space and explores evenly (Andrychowicz et
+        al. 2021). ``None``: where ``prediction_type="sample"``.
     :param log_std_init: Initial log of the std's floor, where that is learned (see ``min_sampling_std``).
     :param features_extractor_class: Features extractor, or the name of one of SB3's or ours, as in YAML; actor, base denoiser
         and critic each have their own.

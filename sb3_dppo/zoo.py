@@ -145,7 +145,7 @@ def convert_dppo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     if "min_std" in params:
         # One floor for both, so that log-probabilities are those of the noise that was drawn.
         params["min_sampling_std"] = params["min_logprob_std"] = params.pop("min_std")
-    policy_kwargs = {name: params.pop(name) for name in ("denoising_steps", "log_std_init") if name in params}
+    policy_kwargs: dict[str, Any] = {name: params.pop(name) for name in ("denoising_steps", "log_std_init") if name in params}
     if "width" in params:
         policy_kwargs["net_arch"] = [params.pop("width")] * 2
     return params | (dict(policy_kwargs=policy_kwargs) if policy_kwargs else {})

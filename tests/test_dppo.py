@@ -51,13 +51,11 @@ def test_learns_with_every_setting(kwargs: dict[str, Any]) -> None:
     model.learn(100)
     assert model.num_timesteps == 144
     after = model.policy.state_dict()
-    learns = ("denoiser.", "critic.", "normalizer.obs_", *([] if "min_sampling_std" in kwargs else ["log_std"]))
+    learned = ("denoiser.", "critic.", "normalizer.obs_", *([] if "min_sampling_std" in kwargs else ["log_std"]))
     for name in after:
         changed = not th.equal(before[name], after[name])
         assert after[name].isfinite().all(), name
-        assert changed == name.startswith(
-            ("denoiser.", "critic.", "normalizer.obs_", *([] if "min_sampling_std" in kwargs else ["log_std"]))
-        ), name
+        assert changed == name.startswith(learned), name
 
 
 def test_unet_learns() -> None:

@@ -130,7 +130,8 @@ def test_converted_n_steps(act_steps: int) -> None:
     for power in range(6, 11):
         params = convert_dppo_params(trial | dict(n_steps_pow=power, act_steps=act_steps))
         n_steps = params["n_steps"]
-        assert params["clip_range"] == pytest.approx(0.2 / (2 * act_steps)) and params["clip_range_base"] == params["clip_range"]
+        assert params["clip_range"] == pytest.approx(0.2 / (2 * act_steps))
+        assert params["clip_range_base"] == params["clip_range"]
         assert n_steps % act_steps == 0 and n_steps >= 2 * act_steps
         assert abs(n_steps - 2**power) <= max(act_steps / 2, 2 * act_steps - 2**power)
 
