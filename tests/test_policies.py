@@ -306,16 +306,37 @@ def test_extractors_may_keep_tensors() -> None:
 @pytest.mark.parametrize(
     "net_arch,widths",
     [
-        ([64, 64], (64, 64)),
+        ([32, 32], (32, 32)),
         (dict(pi=[8, 4], vf=[16]), (8, 16)),
-        (dict(vf=[16, 16]), (256, 16)),
-        (None, (256, 256)),
+        (dict(vf=[16, 16]), (64, 16)),
+        (None, (64, 64)),
     ],
 )
 def test_widths_in_the_plainest_form(net_arch: Any, widths: tuple[int, int]) -> None:
     policy = DiffusionMlpPolicy(BOX, spaces.Box(-1, 1, (2,)), lambda _: 1e-3, net_arch=net_arch)
     first: Any = (policy.denoiser.mlp[0], policy.critic[0])  # type: ignore[index]
     assert tuple(layer.out_features for layer in first) == widths
+
+
+@pytest.mark.parametrize(
+    "kwargs,activations,is_small",
+    [
+        (dict(), (nn.Tanh, nn.Tanh), True),
+        (dict(prediction_type="epsilon"), (nn.ReLU, nn.Mish), False),
+        (dict(activation_fn=nn.ELU, ortho_init=False), (nn.ELU, nn.Tanh), False),
+        (dict(prediction_type="epsilon", critic_activation_fn=nn.ELU, ortho_init=True), (nn.ReLU, nn.ELU), True),
+    ],
+)
+def test_a_policy_that_predicts_actions_begins_as_that_of_ppo(
+    kwargs: dict[str, Any], activations: tuple[type[nn.Module], type[nn.Module]], is_small: bool
+) -> None:
+    policy = make_policy(**kwargs)
+    mlps: Any = (policy.denoiser.mlp, policy.critic)
+    assert tuple(type(mlp[1]) for mlp in mlps) == activations
+    # Of an orthogonal layer of more inputs than outputs, the rows are.
+    weights = mlps[0][-1].weight
+    assert th.allclose(weights @ weights.T, 1e-4 * th.eye(8), atol=1e-8) == is_small
+    assert (policy.base_denoiser.mlp[-1].weight == weights).all()
 
 
 @pytest.mark.parametrize("horizon,n_actions", [(1, 1), (4, 3), (8, 1), (16, 6)])
