@@ -159,8 +159,8 @@ class DecisionRollouts(ResumableAlgorithm):
 
     def _begin_normalization(self) -> None:
         """
-        Let statistics of the first rollout normalise observations, before its update. What the policy says of its chains
-        changes, as little as an untrained policy depends on observations: that is what ratios begin with.
+        Normalise observations by the statistics of the first rollout, before its update. The log-probabilities of its chains
+        are computed anew, so that ratios begin at 1.
         """
         buffer, normalizer = self.rollout_buffer, self.policy.normalizer
         normalizer.update(take(buffer.observations, slice(buffer.size())))
