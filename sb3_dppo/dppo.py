@@ -67,7 +67,8 @@ class DPPO(DecisionRollouts):
     :param kl_coef: Coefficient of the KL divergence of the denoising steps from the base policy's, per action dimension
     :param max_grad_norm: The maximum value for the gradient clipping, of actor and critic separately, or ``None``
     :param target_kl: Stop the epochs of an update, before the step, when the approximate KL divergence exceeds this. It is a
-        mean per action dimension, 1e-5 to 1e-3 in good runs: the usual 0.01 to 0.03 of PPO never stops anything here.
+        mean over executed actions and their dimensions: divide PPO's 0.01 to 0.03 by their number. In good fine-tuning it is
+        1e-5 to 1e-3.
     :param critic_warmup: First rollouts of the model, or after behaviour cloning, on which only the critic is trained
     :param scale_rewards: Whether to divide the decisions' rewards by the running std of their discounted return
     :param normalize_observations: Whether to normalise vectors in observations by their running mean and std, which change
