@@ -269,7 +269,9 @@ def test_packaged_hyperparameters(name: str) -> None:
     entries = yaml.safe_load((HYPERPARAMS / name).read_text())
     assert "default" in entries
     if name == "dppo.yml":
-        assert {"Pendulum-v1", "Hopper-v5", "Walker2d-v5", "HalfCheetah-v5"} <= set(entries)
+        classic = {"Pendulum-v1", "MountainCarContinuous-v0", "LunarLanderContinuous-v3", "BipedalWalker-v3"}
+        mujoco = {f"{name}-v5" for name in ("InvertedDoublePendulum", "Swimmer", "Hopper", "Walker2d", "HalfCheetah")}
+        assert classic | mujoco <= set(entries)
     for entry in entries.values():
         n_envs = entry.get("n_envs", 1)
         arguments = {
