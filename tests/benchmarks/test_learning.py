@@ -164,8 +164,8 @@ def test_overrides_and_hashes(tmp_path: Path) -> None:
     evaluated_more = study.read_study(write(tmp_path, evaluations=5)).runs()
     assert [run.key for run in evaluated_more] == [run.key for run in plain]
     zoo = {"dppo": {"algo": "dppo", "settings": "zoo"}}
-    with pytest.raises(ValueError, match=r"algorithms.dppo.zoo_env: RL Zoo's dppo.yml has no entry for 'Swimmer-v5'"):
-        study.read_study(write(tmp_path, envs=["Swimmer-v5"], algorithms=zoo)).runs()
+    with pytest.raises(ValueError, match=r"algorithms.dppo.zoo_env: RL Zoo's dppo.yml has no entry for 'Reacher-v5'"):
+        study.read_study(write(tmp_path, envs=["Reacher-v5"], algorithms=zoo)).runs()
 
 
 def one(algo: str, **changes: Any) -> study.Run:
