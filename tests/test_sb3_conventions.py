@@ -370,7 +370,7 @@ def test_schedules_survive_a_file(tmp_path: Path) -> None:
     loaded.learn(16)
     for name in ("clip_range", "clip_range_vf"):
         # The only update is made at the end of training.
-        assert loaded.logger.name_to_value[logged(name)] == pytest.approx(0.1)
+        assert loaded.logger.name_to_value[f"train/{name}"] == pytest.approx(0.1)
 
 
 # ---------------------------------------------------------------------- net_arch and optimisers
