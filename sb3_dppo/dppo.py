@@ -14,7 +14,7 @@ from stable_baselines3.common.utils import explained_variance, update_learning_r
 from sb3_dppo import arguments
 from sb3_dppo.buffers import DenoisingRolloutBuffer, DenoisingRolloutBufferSamples, RewardScaler
 from sb3_dppo.diffusion.acceleration import CPU_SLICE_SIZE, keep_freed_memory
-from sb3_dppo.features.observations import check_observation_space, take
+from sb3_dppo.features.observations import check_observation_space
 from sb3_dppo.gradients import check_update, compute_gradients, gradient_step
 from sb3_dppo.losses import LossSettings, Metrics, actor_loss, behaviour_cloning_loss, clip_ranges, pair_advantages, value_loss
 from sb3_dppo.policies import POLICIES, DiffusionActorCriticPolicy
@@ -309,7 +309,7 @@ class DPPO(DecisionRollouts):
         self.n_rollouts += 1
         self._log_update(history, settings, learning_rates)
         if self.updates_normalizer and not begins_normalization:
-            self.policy.normalizer.update(take(self.rollout_buffer.observations, slice(self.rollout_buffer.size())))
+            self._update_normalizer()
         if self.ft_denoising_anneal is not None and self.n_rollouts % self.ft_denoising_anneal[0] == 0:
             self._anneal(self.ft_denoising_anneal[1])
 

@@ -140,16 +140,15 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
                 raise ValueError(f"{name} is unknown: choose one of {list(EXTRACTORS)} or a class.")
             features_extractor_class = EXTRACTORS[features_extractor_class]
         check_observation_space(observation_space, features_extractor_class, normalize_images)
-        if activation_fn is None:
-            activation_fn = nn.Tanh if prediction_type == "sample" else nn.ReLU
-        if critic_activation_fn is None:
-            critic_activation_fn = nn.Tanh if prediction_type == "sample" else nn.Mish
-        if ortho_init is None:
-            ortho_init = prediction_type == "sample"
+        # PPO's networks where actions are predicted, the paper's elsewhere.
+        as_ppo = prediction_type == "sample"
+        activation_fn = activation_fn or (nn.Tanh if as_ppo else nn.ReLU)
+        critic_activation_fn = critic_activation_fn or (nn.Tanh if as_ppo else nn.Mish)
+        ortho_init = as_ppo if ortho_init is None else ortho_init
         self._constructor_parameters = {
             name: value
             for name, value in locals().items()
-            if name not in ("self", "__class__", "observation_space", "action_space", "lr_schedule", "sampler")
+            if name not in ("self", "__class__", "observation_space", "action_space", "lr_schedule", "sampler", "as_ppo")
         }
         if horizon < 1:
             raise ValueError(f"horizon={horizon} must be at least 1.")

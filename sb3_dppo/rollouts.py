@@ -157,13 +157,18 @@ class DecisionRollouts(ResumableAlgorithm):
         vec_normalize = self.get_vec_normalize_env()
         return vec_normalize is None or not vec_normalize.norm_obs
 
+    def _update_normalizer(self) -> None:
+        """Count the rollout's observations in the statistics that normalise."""
+        buffer = self.rollout_buffer
+        self.policy.normalizer.update(take(buffer.observations, slice(buffer.size())))
+
     def _begin_normalization(self) -> None:
         """
         Normalise observations by the statistics of the first rollout, before its update. The log-probabilities of its chains
         are computed anew, so that ratios begin at 1.
         """
-        buffer, normalizer = self.rollout_buffer, self.policy.normalizer
-        normalizer.update(take(buffer.observations, slice(buffer.size())))
+        self._update_normalizer()
+        buffer = self.rollout_buffer
         with th.no_grad():
             for rows in equal_slices(buffer.size(), 1 + buffer.size() // ROWS_AT_ONCE):
                 log_prob = self.policy.chain_log_prob(take(buffer.observations, rows), buffer.chains[rows])
