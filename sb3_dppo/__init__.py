@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from _sb3_dppo_autoload import activate
 from sb3_dppo._version import __version__
 from sb3_dppo.dppo import DPPO
-from sb3_dppo.envs.metaworld import register_manipulation_envs
+from sb3_dppo.envs.metaworld import register_metaworld_envs
+from sb3_dppo.envs.robosuite import register_robosuite_envs
 from sb3_dppo.importers.reference import import_reference_checkpoint
 from sb3_dppo.policies import (
     DiffusionCnnPolicy,
@@ -51,4 +52,5 @@ __all__ = [
 ]
 
 activate()
-register_manipulation_envs()
+register_metaworld_envs()
+register_robosuite_envs()

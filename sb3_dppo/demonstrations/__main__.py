@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     collect.add_argument("--device", default="auto", help="device of the model")
     collect.add_argument("--n-episodes", type=int, required=True)
     collect.add_argument("--seed", type=int, help="of the first episode; those after count up")
+    collect.add_argument("--successes-only", action="store_true", help="keep episodes that end with info['is_success']")
     collect.add_argument("-o", "--output", required=True, help=".npz file to write, or minari:ID")
     return parser
 
@@ -151,7 +152,7 @@ def main() -> None:
         return
     if args.command == "collect":
         # Not in the try: an error of the policy's own comes with its traceback.
-        demonstrations = collect_demonstrations(env, predict, args.n_episodes, args.seed)
+        demonstrations = collect_demonstrations(env, predict, args.n_episodes, args.seed, successes_only=args.successes_only)
         env.close()
     demonstrations.save(args.output)
     print(f"Saved {args.output}: {demonstrations.summary}")

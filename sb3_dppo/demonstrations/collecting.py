@@ -17,7 +17,12 @@ Predict = Callable[[Any, Any, np.ndarray], tuple[np.ndarray, Any]]
 
 
 def collect_demonstrations(
-    env: gym.Env, predict: Predict, n_episodes: int, seed: int | None = None, progress_bar: bool = True
+    env: gym.Env,
+    predict: Predict,
+    n_episodes: int,
+    seed: int | None = None,
+    progress_bar: bool = True,
+    successes_only: bool = False,
 ) -> Demonstrations:
     """
     Record episodes of a policy. An interruption (Ctrl+C) keeps the episodes that are complete.
@@ -26,26 +31,31 @@ def collect_demonstrations(
         of numbers, or a ``Dict`` of such ones.
     :param predict: The policy, called as ``predict(observation, state, episode_start)``: it gives the action and the next
         state, as ``predict`` of a model does. Actions are clipped to the env's bounds.
-    :param n_episodes: Number of episodes.
+    :param n_episodes: Number of episodes to keep.
     :param seed: Episode i is reset with ``seed + i``; ``None`` for a random one.
     :param progress_bar: Display a progress bar.
+    :param successes_only: Keep an episode only if its last ``info["is_success"]`` is true, however many others it takes.
     :return: The demonstrations.
-    :raises ValueError: for an env with other spaces, or actions of another shape.
+    :raises ValueError: for an env with other spaces, actions of another shape, or ``successes_only`` where ``info`` has no
+        ``is_success``.
     """
     if n_episodes < 1:
         raise ValueError(f"n_episodes={n_episodes} must be at least 1.")
     if not isinstance(env.action_space, spaces.Box):
         raise ValueError(f"Actions must be arrays of numbers, but the env's action space is {env.action_space}, not a Box.")
     check_recordable(env.observation_space, "the env")
-    episodes, returns = Episodes(unpack_images=True), list[float]()
+    episodes, returns, n_played = Episodes(unpack_images=True), list[float](), 0
     bar = tqdm(total=n_episodes, desc="collect", unit="episode", disable=not progress_bar)
     try:
         while len(returns) < n_episodes:
-            columns = _record_episode(env, predict, None if seed is None else seed + len(returns))
-            episodes.append(columns)
-            returns.append(columns["rewards"].sum())
-            bar.update()
-            bar.set_postfix({"return": f"{np.mean(returns):.2f}"})
+            columns, last_info = _record_episode(env, predict, None if seed is None else seed + n_played)
+            n_played += 1
+            if not successes_only or _is_success(last_info):
+                episodes.append(columns)
+                returns.append(columns["rewards"].sum())
+                bar.update()
+            shown = {"success": f"{len(returns) / n_played:.0%}"} if successes_only else {"return": f"{np.mean(returns):.2f}"}
+            bar.set_postfix(shown)
     except KeyboardInterrupt:
         if not returns:
             raise
@@ -61,8 +71,16 @@ def collect_demonstrations(
     )
 
 
-def _record_episode(env: gym.Env, predict: Predict, seed: int | None) -> dict[str, np.ndarray]:
-    """Columns of an episode, as :class:`~sb3_dppo.demonstrations.episodes.Episodes` takes them."""
+def _is_success(info: dict[str, Any]) -> bool:
+    if "is_success" not in info:
+        raise ValueError(
+            f"successes_only=True needs info['is_success'], but the env's info holds {sorted(info)}: leave it out."
+        )
+    return bool(info["is_success"])
+
+
+def _record_episode(env: gym.Env, predict: Predict, seed: int | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Columns of an episode, as :class:`~sb3_dppo.demonstrations.episodes.Episodes` takes them, and its last info."""
     space: Any = env.action_space
     rows: dict[str, list[Any]] = {"actions": []}
     obs, state, done = env.reset(seed=seed)[0], None, False
@@ -77,9 +95,9 @@ def _record_episode(env: gym.Env, predict: Predict, seed: int | None) -> dict[st
             f"obs/{key}": np.array(value) for key, value in (obs if isinstance(obs, dict) else {"": obs}).items()
         }
         row["actions"] = action.copy()
-        obs, reward, terminated, truncated, _ = env.step(action)
+        obs, reward, terminated, truncated, info = env.step(action)
         row |= dict(rewards=float(reward), terminals=bool(terminated), truncations=bool(truncated))
         for name, value in row.items():
             rows.setdefault(name, []).append(value)
         done = terminated or truncated
-    return {name: np.array(values) for name, values in rows.items()}
+    return {name: np.array(values) for name, values in rows.items()}, info

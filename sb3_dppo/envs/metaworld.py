@@ -22,7 +22,7 @@ stick-pull-v3 stick-push-v3 sweep-into-v3 sweep-v3 window-close-v3 window-open-v
 MAX_EPISODE_STEPS = 200
 
 
-class SparseManipulationEnv(gym.Env):
+class MetaWorldEnv(gym.Env):
     """
     A task of Meta-World with reward 1 and the end of the episode on success, and reward 0 until then. ``info["is_success"]``
     says so, too, and the other entries of ``info`` are Meta-World's.
@@ -75,12 +75,12 @@ class SparseManipulationEnv(gym.Env):
         self.task_env.close()
 
 
-def register_manipulation_envs() -> None:
+def register_metaworld_envs() -> None:
     """Make Gymnasium know ``MetaWorldSparse/<task>`` for all tasks. An episode is truncated after 200 steps."""
     for task in TASKS:
         gym.register(
             f"MetaWorldSparse/{task}",
-            entry_point="sb3_dppo.envs.metaworld:SparseManipulationEnv",
+            entry_point="sb3_dppo.envs.metaworld:MetaWorldEnv",
             max_episode_steps=MAX_EPISODE_STEPS,
             kwargs=dict(task=task),
         )

@@ -43,6 +43,35 @@ def test_interruption_keeps_complete_episodes() -> None:
         collect_demonstrations(CountingEnv(3), predict, 5)
 
 
+def test_successes_only() -> None:
+    class EveryThird(CountingEnv):
+        """Succeeds in every third episode."""
+
+        n_episodes = 0
+
+        def step(self, action: np.ndarray) -> Any:
+            *outcome, info = super().step(action)
+            self.n_episodes += outcome[2] or outcome[3]
+            return *outcome, info | {"is_success": bool(outcome[2] and self.n_episodes % 3 == 0)}
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            seeds.append(seed)
+            return super().reset(seed=seed, options=options)
+
+    seeds: list[int | None] = []
+    acted = [0]
+
+    def predict(obs: np.ndarray, state: Any, episode_start: np.ndarray) -> tuple[np.ndarray, Any]:
+        acted[0] += 1
+        return np.full(2, acted[0] / 100), None
+
+    recorded = collect_demonstrations(EveryThird(2), predict, 2, seed=7, progress_bar=False, successes_only=True)
+    assert seeds == [7, 8, 9, 10, 11, 12] and recorded.traj_lengths.tolist() == [2, 2]
+    np.testing.assert_allclose(recorded.actions[:, 0], [0.05, 0.06, 0.11, 0.12])
+    with pytest.raises(ValueError, match=r"successes_only=True needs info\['is_success'\], but .* holds \[\]: leave it out"):
+        collect_demonstrations(CountingEnv(2), predict, 2, progress_bar=False, successes_only=True)
+
+
 def test_envs_that_cannot_be_recorded() -> None:
     env = CountingEnv()
     env.action_space = spaces.Discrete(2)  # type: ignore[assignment]
