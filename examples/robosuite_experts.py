@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 
 OPEN, CLOSE = -1.0, 1.0
-# The middle of the bin that the can belongs to.
-BIN = np.array([0.1975, 0.4025])
+# Above the bin that the can belongs to, as far as the arm reaches with its hand downwards.
+BIN = np.array([0.16, 0.36])
 
 
 def axes(quaternion: np.ndarray) -> np.ndarray:
@@ -91,7 +91,7 @@ class Noisy:
     :param seed: Seed of the noise.
     """
 
-    def __init__(self, expert: Callable[[np.ndarray], np.ndarray], scale: float = 0.3, seed: int = 0) -> None:
+    def __init__(self, expert: Callable[[np.ndarray], np.ndarray], scale: float = 0.2, seed: int = 0) -> None:
         self.expert = expert
         self.scale = scale
         self.rng = np.random.default_rng(seed)
