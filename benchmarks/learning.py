@@ -31,11 +31,13 @@ class Workers:
     Processes that do one run each.
 
     :param results: File of results.
+    :param demonstrations: Folder of demonstrations.
     :param progress: Where to show them.
     """
 
-    def __init__(self, results: Path, progress: Progress) -> None:
+    def __init__(self, results: Path, demonstrations: Path, progress: Progress) -> None:
         self.results = results
+        self.demonstrations = demonstrations
         self.progress = progress
         self.active: dict[subprocess.Popen, tuple[Run, IO[str], TaskID]] = {}
         self.failures: list[tuple[Run, str]] = []
@@ -46,7 +48,7 @@ class Workers:
         """
         output = tempfile.TemporaryFile("w+")
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "worker", str(self.results.resolve())],
+            [sys.executable, str(Path(__file__).resolve()), "worker", self.results.resolve(), self.demonstrations.resolve()],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -96,7 +98,7 @@ def run_study(study: Study, args: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * args.limit_minutes
     with Progress(*columns, console=console) as progress:
         overall = progress.add_task(study.name, total=len(runs), completed=len(runs) - len(waiting))
-        workers = Workers(results, progress)
+        workers = Workers(results, args.demonstrations, progress)
         try:
             while workers.active or (waiting and time.monotonic() < deadline):
                 while waiting and len(workers.active) < args.workers and time.monotonic() < deadline:
@@ -133,11 +135,12 @@ def done(results: Path) -> set[tuple[str, str, int, str]]:
     return {key_of(row) for row in read_results(results)}
 
 
-def work(results: Path) -> None:
+def work(results: Path, demonstrations: Path) -> None:
     """
     Do the run that standard input has.
 
     :param results: File of results.
+    :param demonstrations: Folder of demonstrations.
     """
     run = Run.model_validate_json(sys.stdin.read())
 
@@ -145,7 +148,7 @@ def work(results: Path) -> None:
     from run_one import run_one
 
     th.set_num_threads(1)
-    append_result(results, run_one(run))
+    append_result(results, run_one(run, results.parent / "policies", demonstrations))
 
 
 def positive(text: str) -> int:
@@ -163,13 +166,16 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--workers", type=positive, default=1, metavar="N", help="runs at a time, one CPU thread each")
     run.add_argument("--only", nargs="+", metavar="ENV/ALGORITHM", help="runs to do; patterns such as '*/dppo' serve, too")
     run.add_argument("--limit-minutes", type=float, default=float("inf"), metavar="M", help="start no run after that")
+    run.add_argument("--demonstrations", type=Path, default=Path(), metavar="FOLDER", help="where files of demonstrations are")
     show = commands.add_parser("show", help="print tables of a study's results")
     show.add_argument("--plot", metavar="FILE", default=None, help="write learning curves there, as PNG")
     show.add_argument("--markdown", action="store_true", help="print Markdown")
     for command in (run, show):
         command.add_argument("study", type=Path, help="YAML file")
         command.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: benchmarks/results")
-    commands.add_parser("worker").add_argument("file", type=Path)
+    worker = commands.add_parser("worker")
+    worker.add_argument("file", type=Path)
+    worker.add_argument("demonstrations", type=Path)
     return parser.parse_args()
 
 
@@ -177,7 +183,7 @@ def main() -> int:
     """Do what the command line asks for; the exit status."""
     args = parse_args()
     if args.command == "worker":
-        work(args.file)
+        work(args.file, args.demonstrations)
         return 0
     try:
         study = read_study(args.study)

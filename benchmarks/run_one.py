@@ -1,6 +1,7 @@
 """One run of a learning study: training with evaluations that leave no trace in it."""
 
 import argparse
+import fcntl
 import inspect
 import json
 import random
@@ -23,10 +24,11 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
-from study import Run
+from study import Run, digest
 
 import sb3_dppo
-from sb3_dppo import DPPO
+from sb3_dppo import BC, DPPO, load_demonstrations
+from sb3_dppo.policies import PAPER_POLICY_KWARGS
 
 CLASSES: dict[str, type[BaseAlgorithm]] = {"dppo": DPPO, "ppo": PPO}
 # Envs that are evaluated side by side: a policy decides for ten in little more time than for one.
@@ -83,13 +85,15 @@ class Evaluations(BaseCallback):
         self.env = env
         # The same episodes at every evaluation and for every algorithm, but others for each seed and none of training's.
         self.seed = 1_000_000 + 1000 * run.seed
+        self.n_done = 0
         self.rows: list[list[float]] = []
         self.seconds = np.zeros(2)
 
     def _on_step(self) -> bool:
         due = self.num_timesteps * self.run.evaluations // self.run.steps
         # Past the last one, what is due is the evaluation after the last update.
-        if len(self.rows) < min(due, self.run.evaluations - 1):
+        if self.n_done < min(due, self.run.evaluations - 1):
+            self.n_done += 1
             before = clocks()
             self.evaluate(self.model, self.run.eval_episodes)
             self.seconds += clocks() - before
@@ -115,11 +119,15 @@ def clocks() -> np.ndarray:
     return np.array([time.process_time(), time.perf_counter()])
 
 
-def run_one(run: Run) -> dict[str, Any]:
+def run_one(run: Run, policies: Path, demonstrations: Path) -> dict[str, Any]:
     """
     :param run: What to do.
+    :param policies: Folder of pre-trained policies, which are made there if they are missing.
+    :param demonstrations: Folder of demonstrations.
     :return: The line for the file of results.
     """
+    # What the constructor takes beside the run's arguments.
+    start = {} if run.pretraining is None else {"pretrained": str(pretrained(run, policies, demonstrations))}
     versions: dict[str, str | None] = {name: version(name) for name in ("stable_baselines3", "torch", "gymnasium", "mujoco")}
     versions.update(sb3_dppo=sb3_dppo.__version__, sb3_dppo_commit=commit())
     training_return, seconds = None, np.zeros(2)
@@ -129,8 +137,10 @@ def run_one(run: Run) -> dict[str, Any]:
             evaluations = Evaluations(run, eval_env)
             evaluations.evaluate(RandomPolicy(eval_env, evaluations.seed), run.final_eval_episodes)
         else:
-            model, eval_env, callbacks = from_zoo(run, folder) if run.settings == "zoo" else from_defaults(run)
+            model, eval_env, callbacks = from_zoo(run, folder, start) if run.settings == "zoo" else from_defaults(run, start)
             evaluations = Evaluations(run, eval_env)
+            if start:
+                evaluations.evaluate(model, run.final_eval_episodes)
             before = clocks()
             model.learn(run.steps, callback=[*callbacks, evaluations])
             seconds = clocks() - before - evaluations.seconds
@@ -140,7 +150,7 @@ def run_one(run: Run) -> dict[str, Any]:
             assert model.env is not None
             model.env.close()
         eval_env.close()
-    fields = ("study", "env", "algorithm", "seed", "hash", "policy", "settings", "steps")
+    fields = ("study", "env", "algorithm", "seed", "hash", "policy", "settings", "pretraining", "steps")
     return {
         **{field: getattr(run, field) for field in fields},
         "arguments": used_arguments(run),
@@ -152,19 +162,42 @@ def run_one(run: Run) -> dict[str, Any]:
     }
 
 
-def from_defaults(run: Run) -> tuple[BaseAlgorithm, VecEnv, list[BaseCallback]]:
+def pretrained(run: Run, policies: Path, demonstrations: Path) -> Path:
+    """
+    :param run: A run that begins with a pre-trained policy.
+    :param policies: Folder of such policies.
+    :param demonstrations: Folder of demonstrations.
+    :return: The file of the policy of the run's env and seed, which is made if it is missing, once for all runs.
+    """
+    how = run.pretraining
+    assert how is not None
+    policies.mkdir(parents=True, exist_ok=True)
+    path = policies / f"{digest([run.env, run.seed, how])}.zip"
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            file = demonstrations / how["demonstrations"]
+            kwargs = PAPER_POLICY_KWARGS if how["policy_kwargs"] is None else how["policy_kwargs"]
+            model = DPPO(how["policy"], run.env, seed=run.seed, device="cpu", policy_kwargs=kwargs)
+            source = load_demonstrations(file if file.exists() else how["demonstrations"])
+            BC(model, source, **how["arguments"]).train(how["epochs"], progress_bar=False)
+            model.save(path)
+    return path
+
+
+def from_defaults(run: Run, start: dict[str, str]) -> tuple[BaseAlgorithm, VecEnv, list[BaseCallback]]:
     """The model as a user makes it who changes nothing, and envs for evaluation."""
-    model = CLASSES[run.algo](run.policy, run.env, seed=run.seed, device="cpu", **run.arguments)
+    model = CLASSES[run.algo](run.policy, run.env, seed=run.seed, device="cpu", **run.arguments, **start)
     return model, make_vec_env(run.env, min(EVAL_ENVS, run.eval_episodes)), []
 
 
-def from_zoo(run: Run, folder: str) -> tuple[BaseAlgorithm, VecEnv, list[BaseCallback]]:
+def from_zoo(run: Run, folder: str, start: dict[str, str]) -> tuple[BaseAlgorithm, VecEnv, list[BaseCallback]]:
     """The model as RL Zoo makes it from the entry, envs for evaluation, and the entry's callbacks."""
     from rl_zoo3.exp_manager import ExperimentManager
 
     # RL Zoo looks for the entry by the env's id and wants a number of steps there.
     config = Path(folder, "entry.yml")
-    config.write_text(yaml.safe_dump({run.env: {**run.arguments, "n_timesteps": run.steps}}), "utf-8")
+    config.write_text(yaml.safe_dump({run.env: {**run.arguments, **start, "n_timesteps": run.steps}}), "utf-8")
     manager = ExperimentManager(
         argparse.Namespace(),
         run.algo,

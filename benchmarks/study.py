@@ -21,13 +21,33 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Pretraining(Strict):
+    """
+    How policies learn from demonstrations, one for each env and seed, which all algorithms begin with that name it.
+
+    :param demonstrations: By env, a bundled set's name or a file in the folder of the command line.
+    :param epochs: Passes over the demonstrations.
+    :param policy: Policy.
+    :param policy_kwargs: What its constructor takes; default: the paper's for MLPs.
+    :param arguments: Arguments of BC.
+    """
+
+    demonstrations: dict[str, str]
+    epochs: int = Count
+    policy: str = "DiffusionMlpPolicy"
+    policy_kwargs: dict[str, Any] | None = None
+    arguments: dict[str, Any] = {}
+
+
 class Algorithm(Strict):
     """
     One of a study's algorithms.
 
     :param algo: "dppo", "ppo" or "random", actions that are drawn uniformly.
     :param policy: Policy; default: the MLP policy of the algorithm.
-    :param settings: "defaults" of the constructor, or "zoo": the env's entry in the YAML for RL Zoo.
+    :param settings: "defaults" of the constructor, or "zoo": the env's entry in the YAML for RL Zoo, that for fine-tuning
+        where there is a pre-training.
+    :param pretraining: The name of the pre-training whose policies it begins with; default: from scratch.
     :param arguments: Arguments of the constructor or, with "zoo", what replaces values of the entry.
     :param zoo_env: By env, whose entry to take instead of its own.
     """
@@ -35,6 +55,7 @@ class Algorithm(Strict):
     algo: Literal["dppo", "ppo", "random"]
     policy: str | None = None
     settings: Literal["defaults", "zoo"] = "defaults"
+    pretraining: str | None = None
     arguments: dict[str, Any] = {}
     zoo_env: dict[str, str] = {}
 
@@ -42,6 +63,8 @@ class Algorithm(Strict):
     def _consistent(self) -> "Algorithm":
         if self.settings == "zoo" and (self.algo == "random" or self.policy is not None):
             raise ValueError("settings: zoo goes neither with algo: random nor with policy, which the entry has; remove one.")
+        if self.pretraining is not None and (self.algo != "dppo" or self.policy is not None):
+            raise ValueError("pretraining goes neither without algo: dppo nor with policy, which it has itself; remove one.")
         if self.zoo_env and self.settings != "zoo":
             raise ValueError("zoo_env has no effect without settings: zoo; add that or remove zoo_env.")
         return self
@@ -71,6 +94,7 @@ class Run(Strict):
     algo: str
     policy: str
     settings: str
+    pretraining: dict[str, Any] | None
     arguments: dict[str, Any]
     steps: int
     seed: int
@@ -80,9 +104,9 @@ class Run(Strict):
 
     @property
     def hash(self) -> str:
-        """Changes with the algorithm's arguments and the number of steps."""
+        """Changes with the algorithm's arguments, the number of steps and the pre-training."""
         parts = [self.algo, self.policy, self.settings, self.arguments, self.steps]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return digest(parts if self.pretraining is None else [*parts, self.pretraining])
 
     @property
     def key(self) -> tuple[str, str, int, str]:
@@ -91,6 +115,11 @@ class Run(Strict):
 
     def __str__(self) -> str:
         return f"{self.env}/{self.algorithm}, seed {self.seed}"
+
+
+def digest(value: Any) -> str:
+    """A short text that changes with what is JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class Study(Strict):
@@ -106,6 +135,7 @@ class Study(Strict):
     :param eval_episodes: Episodes of each of them but the last.
     :param final_eval_episodes: Episodes of the last one.
     :param baseline: The algorithm that others are compared with.
+    :param pretraining: Pre-trainings by name.
     :param env_overrides: What is different, by env.
     """
 
@@ -118,6 +148,7 @@ class Study(Strict):
     eval_episodes: int = Count
     final_eval_episodes: int = Count
     baseline: str | None = None
+    pretraining: dict[str, Pretraining] = {}
     env_overrides: dict[str, Override] = {}
 
     @model_validator(mode="after")
@@ -131,10 +162,14 @@ class Study(Strict):
             named[f"env_overrides.{env}.arguments"] = (list(override.arguments), algorithms)
         for name, algorithm in self.algorithms.items():
             named[f"algorithms.{name}.zoo_env"] = (list(algorithm.zoo_env), self.envs)
+            if algorithm.pretraining is not None:
+                named[f"algorithms.{name}.pretraining"] = ([algorithm.pretraining], list(self.pretraining))
+        for name, pretraining in self.pretraining.items():
+            named[f"envs, of which pretraining.{name}.demonstrations has all"] = (self.envs, list(pretraining.demonstrations))
         for field, (values, known) in named.items():
             for value in values:
                 if value not in known:
-                    raise ValueError(f"{field}: {value!r} is not in the study; it has {', '.join(known)}.")
+                    raise ValueError(f"{field}: {value!r} is not in the study; it has {', '.join(known) or 'none'}.")
         for field in ("envs", "seeds"):
             values = getattr(self, field)
             if len(set(values)) < len(values):
@@ -160,10 +195,17 @@ class Study(Strict):
         if algorithm.algo == "random":
             numbers.update(steps=0, evaluations=1)
         arguments = {**algorithm.arguments, **override.arguments.get(name, {})}
+        pretraining = None
+        if algorithm.pretraining is not None:
+            pretraining = self.pretraining[algorithm.pretraining].model_dump()
+            pretraining["demonstrations"] = pretraining["demonstrations"][env]
         if algorithm.settings == "zoo":
-            zoo_env = algorithm.zoo_env.get(env, env)
-            arguments = {**zoo_entry(algorithm.algo, zoo_env, f"algorithms.{name}.zoo_env"), **arguments}
+            file = f"{algorithm.algo}{'' if pretraining is None else '_finetune'}.yml"
+            entry = zoo_entry(file, algorithm.zoo_env.get(env, env), f"algorithms.{name}.zoo_env")
+            arguments = {**entry, **arguments}
         policy = algorithm.policy or arguments.get("policy", POLICIES[algorithm.algo])
+        if pretraining is not None:
+            policy = pretraining["policy"]
         return Run(
             study=self.name,
             env=env,
@@ -171,27 +213,28 @@ class Study(Strict):
             algo=algorithm.algo,
             policy=policy,
             settings=algorithm.settings,
+            pretraining=pretraining,
             arguments=arguments,
             seed=seed,
             **numbers,
         )
 
 
-def zoo_entry(algo: str, env: str, field: str) -> dict[str, Any]:
+def zoo_entry(file: str, env: str, field: str) -> dict[str, Any]:
     """
-    :param algo: "dppo" or "ppo".
+    :param file: "dppo.yml", "dppo_finetune.yml" or "ppo.yml".
     :param env: The entry's env.
     :param field: The study's field that chooses another one, for the error.
     :return: The entry in the packaged YAML for RL Zoo, without the number of steps, which is the study's.
     """
-    if algo == "dppo":
+    if file.startswith("dppo"):
         from sb3_dppo.zoo import HYPERPARAMS
 
-        path = HYPERPARAMS / "dppo.yml"
+        path = HYPERPARAMS / file
     else:
         spec = find_spec("rl_zoo3")
         assert spec is not None and spec.submodule_search_locations, "rl_zoo3 is not installed"
-        path = Path(spec.submodule_search_locations[0]) / "hyperparams" / f"{algo}.yml"
+        path = Path(spec.submodule_search_locations[0]) / "hyperparams" / file
     entries = yaml.safe_load(path.read_text("utf-8"))
     if env not in entries:
         raise ValueError(
@@ -225,7 +268,7 @@ def _explained(problem: Any) -> str:
     """The problem with field, value and way out."""
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        models: dict[str, type[BaseModel]] = {"algorithms": Algorithm, "env_overrides": Override}
+        models: dict[str, type[BaseModel]] = {"algorithms": Algorithm, "env_overrides": Override, "pretraining": Pretraining}
         model = models.get(str(problem["loc"][0]), Study)
         return f"{place}: there is no such field (value {problem['input']!r}); there are {_fields(model)}."
     if problem["type"] == "missing":

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 OPEN, CLOSE = -1.0, 1.0
+UP = np.array([0.0, 0.0, 1.0])
 # Above the bin that the can belongs to, as far as the arm reaches with its hand downwards.
 BIN = np.array([0.16, 0.36])
 
@@ -42,8 +43,8 @@ def command(obs: np.ndarray, shift: np.ndarray, gripper: float, turn: float = 0.
     :param turn: By how much it should turn about the vertical, in radians.
     :return: Action, shape (7,).
     """
-    tilt = np.cross(axes(obs[3:7])[:, 2], [0, 0, -1])
-    return np.clip([*(10 * shift), *(2 * (tilt + [0, 0, turn])), gripper], -1.0, 1.0)
+    tilt = np.cross(axes(obs[3:7])[:, 2], -UP)
+    return np.clip([*(10 * shift), *(2 * tilt[:2]), 2 * (tilt[2] + turn), gripper], -1.0, 1.0)
 
 
 def grasp_and_lift(obs: np.ndarray) -> np.ndarray:
@@ -55,11 +56,11 @@ def grasp_and_lift(obs: np.ndarray) -> np.ndarray:
     turn = (yaw(obs[12:16]) - yaw(obs[3:7]) + np.pi / 4) % (np.pi / 2) - np.pi / 4
     aligned = distance < 0.01 and abs(turn) < 0.1
     if distance > 0.03 or (shift[2] < -0.03 and not aligned):
-        return command(obs, shift + [0, 0, 0.06], OPEN, turn)
+        return command(obs, shift + 0.06 * UP, OPEN, turn)
     if shift[2] < -0.01:
         return command(obs, shift, OPEN, turn)
     rise = 0.1 if opening < 0.05 else 0.0
-    return command(obs, np.array([0, 0, rise]), CLOSE, turn)
+    return command(obs, rise * UP, CLOSE, turn)
 
 
 def carry_to_bin(obs: np.ndarray) -> np.ndarray:
@@ -69,14 +70,14 @@ def carry_to_bin(obs: np.ndarray) -> np.ndarray:
     distance, missing = np.linalg.norm(shift[:2]), np.linalg.norm(to_bin)
     held = np.linalg.norm(shift) < 0.03 and opening < 0.06
     if missing < (0.04 if held else 0.08) and can[2] < 1.0:
-        return command(obs, np.array([0, 0, 0.1]), OPEN)
+        return command(obs, 0.1 * UP, OPEN)
     if held and missing < 0.03:
         return command(obs, np.zeros(3), OPEN)
     if held:
         rise = 1.02 - hand[2]
         return command(obs, np.array([*(to_bin if rise < 0.04 else np.zeros(2)), rise]), CLOSE)
     if distance > 0.03 or (shift[2] < -0.06 and distance > 0.015):
-        return command(obs, shift + [0, 0, 0.12], OPEN)
+        return command(obs, shift + 0.12 * UP, OPEN)
     if shift[2] < -0.02:
         return command(obs, shift, OPEN)
     return command(obs, np.zeros(3), CLOSE)

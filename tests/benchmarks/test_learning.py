@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -17,7 +18,7 @@ import yaml
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_dppo import DPPO
+from sb3_dppo import DPPO, collect_demonstrations
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -131,6 +132,23 @@ def test_ctrl_c_ends_the_workers(tmp_path: Path) -> None:
             {"algorithms": {"a": {"algo": "random", "settings": "zoo"}}, "baseline": None},
             "algorithms.a: settings: zoo goes neither",
         ),
+        (
+            {"algorithms": {"a": {"algo": "ppo", "pretraining": "bc"}}, "baseline": None},
+            "algorithms.a: pretraining goes neither without algo: dppo",
+        ),
+        (
+            {"algorithms": {"a": {"algo": "dppo", "pretraining": "bc"}}, "baseline": None},
+            "algorithms.a.pretraining: 'bc' is not in the study; it has none.",
+        ),
+        (
+            {"pretraining": {"bc": {"epochs": 1, "demonstrations": {"Hopper-v5": "hopper-medium"}}}},
+            "pretraining.bc.demonstrations has all: 'Pendulum-v1' is not in the study; it has Hopper-v5.",
+        ),
+        ({"pretraining": {"bc": {"demonstrations": {}}}}, "pretraining.bc.epochs: this field is missing"),
+        (
+            {"pretraining": {"bc": {"epochs": 1, "demonstrations": {}, "net": 1}}},
+            "pretraining.bc.net: there is no such field (value 1); there are demonstrations, epochs",
+        ),
     ],
 )
 def test_bad_studies_name_the_field(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -172,12 +190,12 @@ def one(algo: str, **changes: Any) -> study.Run:
     arguments = {**SMALL, **({"policy_kwargs": {"net_arch": [16]}} if algo == "dppo" else {})}
     fields = dict(study="tiny", env="Pendulum-v1", algorithm=algo, algo=algo, policy=study.POLICIES[algo], seed=0, steps=256)
     numbers = dict(evaluations=1, eval_episodes=1, final_eval_episodes=1)
-    return study.Run(**{**fields, **numbers, "settings": "defaults", "arguments": arguments, **changes})
+    return study.Run(**{**fields, **numbers, "settings": "defaults", "pretraining": None, "arguments": arguments, **changes})
 
 
 def trained(run: study.Run, evaluated: bool = True) -> tuple[list[th.Tensor], Any]:
     """Parameters after training, and what the global generators give then."""
-    model, env, _ = run_one.from_defaults(run)
+    model, env, _ = run_one.from_defaults(run, {})
     callback = run_one.Evaluations(run, env)
     model.learn(run.steps, callback=callback if evaluated else None)
     assert len(callback.rows) == (run.evaluations - 1 if evaluated else 0)
@@ -195,7 +213,7 @@ def test_evaluation_does_not_disturb_training(algo: str) -> None:
 @pytest.mark.parametrize(("algo", "cls"), [("dppo", DPPO), ("ppo", PPO)])
 def test_defaults_are_what_a_user_types(algo: str, cls: Any) -> None:
     run = one(algo, arguments={})
-    model, env, _ = run_one.from_defaults(run)
+    model, env, _ = run_one.from_defaults(run, {})
     expected = cls(run.policy, "Pendulum-v1", seed=0)
     assert type(model) is cls and env is not model.env and model.env.num_envs == 1
     pairs = zip(model.policy.parameters(), expected.policy.parameters(), strict=True)
@@ -207,7 +225,7 @@ def test_zoo_settings(tmp_path: Path) -> None:
     entry = {**SMALL, "policy": "MlpPolicy", "n_envs": 2, "normalize": True, "learning_rate": "lin_1e-3"}
     entry["policy_kwargs"] = "dict(net_arch=[8], activation_fn=nn.ReLU)"
     run = one("ppo", settings="zoo", arguments=entry, evaluations=2)
-    model, env, _ = run_one.from_zoo(run, str(tmp_path))
+    model, env, _ = run_one.from_zoo(run, str(tmp_path), {})
     assert model.env.num_envs == 2 and model.learning_rate(0.5) == pytest.approx(5e-4)
     assert isinstance(model.policy.mlp_extractor.policy_net[1], th.nn.ReLU)
     normalised = model.get_vec_normalize_env()
@@ -221,6 +239,47 @@ def test_zoo_settings(tmp_path: Path) -> None:
     # Rewards as the env gives them: an episode of 200 steps costs hundreds.
     assert [row[0] for row in callback.rows] == [128, 256] and callback.rows[-1][1] < -100
     assert json.loads(json.dumps(run_one.used_arguments(run)))["normalize"] is True
+
+
+def test_pretrained_policies_are_shared_by_algorithms(tmp_path: Path) -> None:
+    pretraining = {
+        "demonstrations": {"Pendulum-v1": "swings.npz"},
+        "epochs": 1,
+        "policy_kwargs": {"net_arch": [16], "prediction_type": "epsilon", "horizon": 2},
+        "arguments": {"batch_size": 32},
+    }
+    algorithms = {
+        name: {"algo": "dppo", "pretraining": "bc", "arguments": {**SMALL, "act_steps": act_steps}}
+        for name, act_steps in (("plan at once", 1), ("plan later", 2))
+    }
+    changes = dict(algorithms=algorithms, pretraining={"bc": pretraining}, baseline=None)
+    runs = study.read_study(write(tmp_path, **changes)).runs()
+    assert len({run.hash for run in runs}) == 2 and runs[0].hash != runs[0].model_copy(update={"pretraining": None}).hash
+    env = gym.make("Pendulum-v1")
+    swings = collect_demonstrations(env, lambda *_: (env.action_space.sample(), None), 2, seed=0, progress_bar=False)
+    (tmp_path / "demos").mkdir()
+    swings.save(tmp_path / "demos" / "swings.npz")
+    done = call("run", tmp_path / "tiny.yml", "--results", tmp_path, "--demonstrations", tmp_path / "demos", "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path)
+    assert len(list((tmp_path / "policies").glob("*.zip"))) == 1
+    for row in rows:
+        # Before, in between and at the end.
+        assert [evaluation[0] for evaluation in row["evaluations"]][::2] == [0, 320] and len(row["evaluations"]) == 3
+        assert row["pretraining"]["demonstrations"] == "swings.npz" and row["arguments"]["pretrained"] is None
+    start = {"pretrained": str(next((tmp_path / "policies").glob("*.zip")))}
+    model, _, _ = run_one.from_defaults(runs[0], start)
+    assert model.pretrained_on_demonstrations and model.policy.horizon == 2 and model.act_steps == 1  # type: ignore[attr-defined]
+
+
+def test_pretrained_policies_take_the_entry_for_fine_tuning(tmp_path: Path) -> None:
+    pretraining = {"bc": {"demonstrations": {"Hopper-v5": "hopper-medium"}, "epochs": 1}}
+    algorithms = {"dppo": {"algo": "dppo", "settings": "zoo", "pretraining": "bc", "arguments": {"n_epochs": 7}}}
+    changes: Any = dict(algorithms=algorithms, pretraining=pretraining, baseline=None, envs=["Hopper-v5"])
+    (run,) = study.read_study(write(tmp_path, **changes)).runs()
+    assert run.arguments["ft_denoising_steps"] == 10 and run.arguments["n_epochs"] == 7
+    assert run.policy == "DiffusionMlpPolicy" and run.pretraining is not None
+    assert run.pretraining["demonstrations"] == "hopper-medium"
 
 
 def test_the_random_policy_is_uniform_and_repeatable() -> None:
