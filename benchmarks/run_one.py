@@ -127,7 +127,7 @@ def run_one(run: Run, policies: Path, demonstrations: Path) -> dict[str, Any]:
     :return: The line for the file of results.
     """
     # What the constructor takes beside the run's arguments.
-    start = {} if run.pretraining is None else {"pretrained": str(pretrained(run, policies, demonstrations))}
+    start: dict[str, Any] = {} if run.pretraining is None else {"pretrained": str(pretrained(run, policies, demonstrations))}
     versions: dict[str, str | None] = {name: version(name) for name in ("stable_baselines3", "torch", "gymnasium", "mujoco")}
     versions.update(sb3_dppo=sb3_dppo.__version__, sb3_dppo_commit=commit())
     training_return, seconds = None, np.zeros(2)
@@ -185,13 +185,13 @@ def pretrained(run: Run, policies: Path, demonstrations: Path) -> Path:
     return path
 
 
-def from_defaults(run: Run, start: dict[str, str]) -> tuple[BaseAlgorithm, VecEnv, list[BaseCallback]]:
+def from_defaults(run: Run, start: dict[str, Any]) -> tuple[BaseAlgorithm, VecEnv, list[BaseCallback]]:
     """The model as a user makes it who changes nothing, and envs for evaluation."""
     model = CLASSES[run.algo](run.policy, run.env, seed=run.seed, device="cpu", **run.arguments, **start)
     return model, make_vec_env(run.env, min(EVAL_ENVS, run.eval_episodes)), []
 
 
-def from_zoo(run: Run, folder: str, start: dict[str, str]) -> tuple[BaseAlgorithm, VecEnv, list[BaseCallback]]:
+def from_zoo(run: Run, folder: str, start: dict[str, Any]) -> tuple[BaseAlgorithm, VecEnv, list[BaseCallback]]:
     """The model as RL Zoo makes it from the entry, envs for evaluation, and the entry's callbacks."""
     from rl_zoo3.exp_manager import ExperimentManager
 
