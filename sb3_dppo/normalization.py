@@ -75,10 +75,11 @@ class Normalizer(nn.Module):
 
     def update(self, obs: PyTorchObs) -> None:
         """
-        Normalise by the mean and std of all observations that were ever passed, with these, shape (B, ...). The std never
-        shrinks: a policy that has learned to stay close to where it wants to be would see the rare observations far from there,
-        from which it learns little, further and further out. The buffers are all there is to know, so that a saved policy goes
-        on from them.
+        Normalise by the mean and std of all observations that were ever passed, with these, shape (B, ...). The buffers are
+        all there is to know, so that a saved policy goes on from them.
+
+        The std never shrinks. Where a policy has learned to keep to a small region, as one that balances does, it would, and
+        what is rare, as the start of an episode, would drift out of the range in which the policy knows what to do.
         """
         parts: Any = [obs[key] for key in self._vector_sizes] if isinstance(obs, dict) else [obs]
         vectors = th.cat([part.flatten(1) for part in parts], dim=1).view(-1, *self.obs_center.shape)
