@@ -72,8 +72,8 @@ class DPPO(DecisionRollouts):
     :param critic_warmup: First rollouts of the model, or after behaviour cloning, on which only the critic is trained
     :param scale_rewards: Whether to divide the decisions' rewards by the running std of their discounted return
     :param normalize_observations: Whether to normalise vectors in observations by their running mean and std, which change
-        between rollouts and are a part of the policy. ``None``: unless the env is under ``VecNormalize(norm_obs=True)``. A
-        policy that has seen demonstrations keeps their ranges. Images stay as they are.
+        between rollouts and are a part of the policy; the std never shrinks. ``None``: unless the env is under
+        ``VecNormalize(norm_obs=True)``. A policy that has seen demonstrations keeps their ranges. Images stay as they are.
     :param shuffle: "pairs" draws minibatches from all pairs, "decisions" keeps the pairs of a decision together, so that its
         features are extracted once. ``None`` means "decisions" if the features extractor has parameters, else "pairs".
     :param eta_learning_rate: Learning rate of η, which has an optimiser of its own, a schedule

@@ -77,18 +77,22 @@ class Normalizer(nn.Module):
         """
         Normalise by the mean and std of all observations that were ever passed, with these, shape (B, ...). The buffers are
         all there is to know, so that a saved policy goes on from them.
+
+        The std never shrinks. Where a policy has learned to keep to a small region, as one that balances does, it would, and
+        what is rare, as the start of an episode, would drift out of the range in which the policy knows what to do.
         """
         parts: Any = [obs[key] for key in self._vector_sizes] if isinstance(obs, dict) else [obs]
         vectors = th.cat([part.flatten(1) for part in parts], dim=1).view(-1, *self.obs_center.shape)
         # Nothing is known before: SB3 begins with a little of mean 0 and variance 1, much for a number that hardly varies.
-        statistics = RunningMeanStd(epsilon=0.0, shape=tuple(self.obs_center.shape))
+        statistics, variance = RunningMeanStd(epsilon=0.0, shape=tuple(self.obs_center.shape)), np.zeros(self.obs_center.shape)
         if self.is_running:
-            variance = (self.obs_scale.double() ** -2 - VARIANCE_EPS).clamp(min=0.0)
-            statistics.mean, statistics.var = self.obs_center.double().cpu().numpy(), variance.cpu().numpy()
+            variance = (self.obs_scale.double().cpu().numpy() ** -2 - VARIANCE_EPS).clip(min=0.0)
+            statistics.mean, statistics.var = self.obs_center.double().cpu().numpy(), variance
             statistics.count = self.obs_count.item()
         statistics.update(vectors.double().cpu().numpy())
+        variance = np.maximum(variance, statistics.var)
         self.obs_center.copy_(th.as_tensor(statistics.mean))
-        self.obs_scale.copy_(th.as_tensor(1 / np.sqrt(statistics.var + VARIANCE_EPS)))
+        self.obs_scale.copy_(th.as_tensor(1 / np.sqrt(variance + VARIANCE_EPS)))
         self.obs_count.fill_(statistics.count)
         self.is_running = True
 

@@ -50,7 +50,11 @@ def test_statistics_are_part_of_the_state() -> None:
 
 def test_running_statistics_are_those_of_all_observations() -> None:
     rng = np.random.default_rng(0)
-    batches = [rng.normal([5.0, -2e3, 0.0], [0.01, 300.0, 0.0], (n, 3)).astype(np.float32) for n in (7, 100, 1)]
+    sizes = {7: 1.0, 100: 2.0, 1: 10.0}  # which spread more and more
+    batches = [
+        rng.normal([5.0, -2e3, 0.0], [0.01 * spread, 300.0 * spread, 0.0], (n, 3)).astype(np.float32)
+        for n, spread in sizes.items()
+    ]
     normalizer = Normalizer(spaces.Box(-np.inf, np.inf, (3,)), ACTIONS)
     for batch in batches:
         # Only the buffers, as in a saved file, know what was seen.
@@ -66,6 +70,19 @@ def test_running_statistics_are_those_of_all_observations() -> None:
     normalized = normalizer.normalize_observations(th.as_tensor(seen))
     assert normalized[:, 2].abs().max() <= 10.0  # what never varied
     assert normalizer.normalize_observations(th.full((1, 3), 1e9)).tolist() == [[10.0] * 3]
+
+
+def test_the_running_std_never_shrinks() -> None:
+    normalizer = Normalizer(spaces.Box(-np.inf, np.inf, (2,)), ACTIONS)
+    wide = th.randn(1000, 2) * th.tensor([3.0, 1.0])
+    normalizer.update(wide)
+    std = 1 / normalizer.obs_scale
+    for _ in range(10):
+        # The first number hardly varies any more, the second one more than before.
+        normalizer.update(th.randn(1000, 2) * th.tensor([0.1, 5.0]) + th.tensor([2.0, 0.0]))
+    assert 1 / normalizer.obs_scale[0].item() == pytest.approx(std[0].item(), rel=1e-5) and 1 / normalizer.obs_scale[1] > 4
+    # The mean is that of all.
+    assert normalizer.obs_center[0].item() == pytest.approx(20 / 11, abs=0.2) and normalizer.obs_count == 11_000
 
 
 def test_ranges_replace_running_statistics() -> None:
