@@ -10,6 +10,7 @@ Needs `pip install 'sb3-dppo[robosuite]'`.
 from collections.abc import Callable
 
 import numpy as np
+from robosuite.utils.transform_utils import quat2mat
 
 OPEN, CLOSE = -1.0, 1.0
 UP = np.array([0.0, 0.0, 1.0])
@@ -17,21 +18,9 @@ UP = np.array([0.0, 0.0, 1.0])
 BIN = np.array([0.16, 0.36])
 
 
-def axes(quaternion: np.ndarray) -> np.ndarray:
-    """The rotation matrix of a quaternion whose real part comes last, shape (3, 3)."""
-    x, y, z, w = quaternion
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-        ]
-    )
-
-
 def yaw(quaternion: np.ndarray) -> float:
-    """Its angle about the vertical."""
-    x_axis = axes(quaternion)[:, 0]
+    """The angle about the vertical of a quaternion whose real part comes last."""
+    x_axis = quat2mat(quaternion)[:, 0]
     return float(np.arctan2(x_axis[1], x_axis[0]))
 
 
@@ -43,7 +32,7 @@ def command(obs: np.ndarray, shift: np.ndarray, gripper: float, turn: float = 0.
     :param turn: By how much it should turn about the vertical, in radians.
     :return: Action, shape (7,).
     """
-    tilt = np.cross(axes(obs[3:7])[:, 2], -UP)
+    tilt = np.cross(quat2mat(obs[3:7])[:, 2], -UP)
     return np.clip([*(10 * shift), *(2 * tilt[:2]), 2 * (tilt[2] + turn), gripper], -1.0, 1.0)
 
 
