@@ -56,7 +56,9 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     :param denoising_steps: K, the steps of the diffusion model.
     :param beta_schedule: diffusers' name of the noise schedule.
     :param horizon: Tp, the actions predicted at once. (4 is the default of ``DiffusionUnetPolicy``.)
-    :param prediction_type: What the denoiser predicts: "epsilon" (the noise), "sample" (the clean chunk) or "v_prediction".
+    :param prediction_type: What the denoiser predicts: "epsilon" (the noise), "sample" (the clean chunk), "v_prediction", or
+        "mean": that of a Gaussian policy, which has no noisy chunk to look at and so ``denoising_steps=1``. Its behaviour
+        cloning is least squares.
     :param clip_sample_range: Clamp of the predicted clean chunk to ± this value, or ``None``.
     :param clip_noise_pred: DDIM only: clamp of the noise that follows from it, or ``None``.
     :param clip_final_action: Clamp of the final sample, or ``None``.
@@ -70,11 +72,11 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     :param film: Let time and observation scale and shift the denoiser's hidden layers, too (FiLM).
     :param time_dim: Size of the time embedding, even.
     :param activation_fn: Activation of the denoiser and its observation encoder. ``None``: Tanh, as in PPO, where
-        ``prediction_type="sample"``, and elsewhere ReLU, as in the paper.
+        ``prediction_type`` is "sample" or "mean", and elsewhere ReLU, as in the paper.
     :param critic_activation_fn: Activation of the critic. ``None``: in the same way Tanh or Mish.
     :param ortho_init: Use orthogonal initial weights in the critic and in ``DiffusionMlpPolicy``'s denoiser, whose last layer
         is small then: an untrained policy acts around the centre of the action space and explores evenly (Andrychowicz et
-        al. 2021). ``None``: where ``prediction_type="sample"``.
+        al. 2021). ``None``: where ``prediction_type`` is "sample" or "mean".
     :param log_std_init: Initial log of the std's floor, where that is learned (see ``min_sampling_std``).
     :param features_extractor_class: Features extractor, or the name of one of SB3's or ours, as in YAML; actor, base denoiser
         and critic each have their own.
@@ -141,7 +143,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
             features_extractor_class = EXTRACTORS[features_extractor_class]
         check_observation_space(observation_space, features_extractor_class, normalize_images)
         # PPO's networks where actions are predicted, the paper's elsewhere.
-        as_ppo = prediction_type == "sample"
+        as_ppo = prediction_type in ("sample", "mean")
         activation_fn = activation_fn or (nn.Tanh if as_ppo else nn.ReLU)
         critic_activation_fn = critic_activation_fn or (nn.Tanh if as_ppo else nn.Mish)
         ortho_init = as_ppo if ortho_init is None else ortho_init

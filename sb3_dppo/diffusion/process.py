@@ -9,7 +9,7 @@ from torch import nn
 from sb3_dppo.diffusion.schedulers import AffineStep, affine_steps, check_noise_schedule, make_scheduler, set_timesteps
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "mean")
 # More would take minutes to build and change nothing: diffusers' own models have as many.
 MAX_DENOISING_STEPS = 1000
 
@@ -61,8 +61,9 @@ class DenoisingProcess(nn.Module):
     :param denoising_steps: K, the steps of the trained diffusion model, at most 1000.
     :param inference_steps: S, the steps that are run, at most K. ``None`` means K, the only choice for DDPM.
     :param beta_schedule: diffusers' name of the noise schedule.
-    :param prediction_type: What the denoiser's output means: "epsilon" (the noise), "sample" (the clean chunk)
-        or "v_prediction".
+    :param prediction_type: What the denoiser's output means: "epsilon" (the noise), "sample" (the clean chunk),
+        "v_prediction", or "mean" (of a Gaussian policy: one step, from an iterate that is zero instead of noise, which is what
+        the denoiser also sees in supervised training).
     :param clip_sample_range: Clamp of the predicted clean chunk to ± this value, or ``None``.
     :param clip_noise_pred: DDIM only: clamp of the noise, after the clean chunk was clamped, or ``None``.
     :param clip_final_action: Clamp of the final sample to ± this value, or ``None``.
@@ -89,6 +90,12 @@ class DenoisingProcess(nn.Module):
             raise ValueError(f"prediction_type={prediction_type!r} is unknown: choose one of {PREDICTION_TYPES}.")
         if not 1 <= denoising_steps <= MAX_DENOISING_STEPS:
             raise ValueError(f"denoising_steps={denoising_steps} must be between 1 and {MAX_DENOISING_STEPS}.")
+        self.starts_from_noise = prediction_type != "mean"
+        if not self.starts_from_noise and (denoising_steps, scheduler) != (1, "ddpm"):
+            raise ValueError(
+                f"prediction_type='mean' with denoising_steps={denoising_steps} and scheduler={scheduler!r}: a Gaussian "
+                "policy has one step, so use denoising_steps=1 and scheduler='ddpm'."
+            )
         self.denoising_steps = denoising_steps
         self.inference_steps = denoising_steps if inference_steps is None else inference_steps
         self.prediction_type = prediction_type
@@ -98,7 +105,7 @@ class DenoisingProcess(nn.Module):
         config = dict(
             num_train_timesteps=denoising_steps,
             beta_schedule=beta_schedule,
-            prediction_type=prediction_type,
+            prediction_type=prediction_type if self.starts_from_noise else "sample",
             clip_sample=clip_sample_range is not None,
             clip_sample_range=1.0 if clip_sample_range is None else clip_sample_range,
         )
@@ -175,11 +182,12 @@ class DenoisingProcess(nn.Module):
         """How the clean sample and the noise follow from the sample and the output, the first four ``Coefficients``."""
         sqrt_alpha, sqrt_one_minus_alpha = alpha.sqrt(), (1 - alpha).sqrt()
         zero, one = th.zeros_like(alpha), th.ones_like(alpha)
+        prediction_type = self.scheduler.config.prediction_type
         return {
             "epsilon": (1 / sqrt_alpha, -sqrt_one_minus_alpha / sqrt_alpha, zero, one),
             "sample": (zero, one, 1 / sqrt_one_minus_alpha, -sqrt_alpha / sqrt_one_minus_alpha),
             "v_prediction": (sqrt_alpha, -sqrt_one_minus_alpha, sqrt_one_minus_alpha, sqrt_alpha),
-        }[self.prediction_type]
+        }[prediction_type]
 
     def _complete_table(self, alpha: th.Tensor, **coefficients: th.Tensor) -> th.Tensor:
         """All of them, shape (10, S)."""
@@ -237,6 +245,19 @@ class DenoisingProcess(nn.Module):
             return sample
         return sample.clamp(-self.clip_final_action, self.clip_final_action)
 
+    def add_noise(self, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+        """
+        What the denoiser sees in supervised training.
+
+        :param actions: Clean chunks, shape (B, Tp, Da).
+        :param noise: Standard normal, the same shape.
+        :param timesteps: Training timesteps in 0 … K-1, shape (B,).
+        :return: Noisy chunks, the same shape; zero for a Gaussian policy.
+        """
+        if not self.starts_from_noise:
+            return th.zeros_like(actions)
+        return self.training_scheduler.add_noise(actions, noise, timesteps)
+
     def denoising_target(self, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         """
         What the denoiser learns to predict in supervised training.
@@ -248,7 +269,7 @@ class DenoisingProcess(nn.Module):
         """
         if self.prediction_type == "epsilon":
             return noise
-        if self.prediction_type == "sample":
+        if self.prediction_type in ("sample", "mean"):
             return actions
         return self.training_scheduler.get_velocity(actions, noise, timesteps)
 

@@ -257,7 +257,8 @@ class DiffusionSampler:
             if features is not None and n_base_steps < self.inference_steps:
                 predictions += self.networks.denoiser.for_chain(features, process.timesteps[n_base_steps:])
             step_noise = noise[1:].clamp(-noise_clip, noise_clip) * step_std
-            sample, iterates, means = noise[0], [noise[0]], []
+            sample = noise[0] if process.starts_from_noise else th.zeros_like(noise[0])
+            iterates, means = [sample], []
             for position, (predict, added_noise) in enumerate(zip(predictions, step_noise.unbind(), strict=True)):
                 output = predict(sample).float()
                 mean, _ = process.transition(sample, output, position, eta)
@@ -351,7 +352,7 @@ class DiffusionSampler:
         :param noise: Standard normal, of the shape of ``actions``.
         :return: Mean squared error to what ``prediction_type`` asks for, a scalar.
         """
-        noisy = self.process.training_scheduler.add_noise(actions, noise, timesteps)
+        noisy = self.process.add_noise(actions, noise, timesteps)
         with self.autocast():
             embeddings = self.networks.denoiser.embed_timesteps(th.arange(self.process.denoising_steps, device=actions.device))
             output = self.networks.denoiser(noisy, gather_rows(embeddings, timesteps), self.networks.denoiser.encode(features))
