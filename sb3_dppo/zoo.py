@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stable_baselines3.common.callbacks import ProgressBarCallback
+
 from sb3_dppo.dppo import DPPO
 
 if TYPE_CHECKING:
@@ -33,25 +35,65 @@ def register() -> None:
     if experiments is not None and manager is not None and "dppo" not in experiments.HYPERPARAMS_SAMPLER:
         experiments.HYPERPARAMS_SAMPLER["dppo"] = sample_dppo_params
         experiments.HYPERPARAMS_CONVERTER["dppo"] = convert_dppo_params
-        manager.__init__ = _with_packaged_hyperparams(manager.__init__)
-        manager.objective = _with_fixed_hyperparams(manager.objective)
+        manager.__init__ = _with_our_arguments(manager.__init__)
+        manager.objective = _with_fixed_hyperparams(_with_progress(manager.objective))
 
 
-def _with_packaged_hyperparams(init: Any) -> Any:
+class _TrialId(int):
+    """rl_zoo3 asks whether a trial's number is true, which the first one's is not."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def _with_our_arguments(init: Any) -> Any:
     """
-    rl_zoo3 looks for hyperparameters in its own package only.
+    rl_zoo3 looks for hyperparameters in its own package only, and with an agent (``-i``) it trains also where it is told to
+    tune (``-optimize``).
 
     :param init: The constructor of ``ExperimentManager``.
-    :return: The same, reading ours for "dppo" if the user names no file.
+    :return: The same. For "dppo" it reads our hyperparameters if the user names no file, every trial begins with the agent,
+        and ``--trial-id 0`` is a trial.
     """
     signature = inspect.signature(init)
 
     @functools.wraps(init)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         arguments = signature.bind(*args, **kwargs).arguments
-        if arguments["algo"] == "dppo" and arguments.get("config") is None:
-            arguments["config"] = str(hyperparams_file(arguments.get("trained_agent", "")))
+        if arguments["algo"] == "dppo":
+            agent = arguments.get("trained_agent", "")
+            if arguments.get("config") is None:
+                arguments["config"] = str(hyperparams_file(agent))
+            if agent and arguments.get("optimize_hyperparameters"):
+                arguments["hyperparams"] = {**(arguments.get("hyperparams") or {}), "pretrained": agent}
+                arguments["trained_agent"] = ""
+            if arguments.get("trial_id") is not None:
+                arguments["trial_id"] = _TrialId(arguments["trial_id"])
         init(**arguments)
+
+    return wrapped
+
+
+def _with_progress(objective: Any) -> Any:
+    """
+    rl_zoo3 has no progress bar (``--progress``) in trials.
+
+    :param objective: ``ExperimentManager.objective``.
+    :return: The same, with a bar for each trial of "dppo", unless several run at once.
+    """
+
+    @functools.wraps(objective)
+    def wrapped(manager: Any, trial: "optuna.Trial") -> float:
+        if manager.algo != "dppo" or not manager.show_progress or manager.n_jobs != 1:
+            return objective(manager, trial)
+        given, bar = manager.specified_callbacks, ProgressBarCallback()
+        manager.specified_callbacks = [*(given if isinstance(given, list) else [given]), bar]
+        try:
+            return objective(manager, trial)
+        finally:
+            manager.specified_callbacks = given
+            if hasattr(bar, "pbar"):  # that of a trial that failed is still open
+                bar.pbar.close()
 
     return wrapped
 
@@ -116,9 +158,9 @@ def sample_dppo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
     :param additional_args: Not used.
     :return: Arguments of DPPO.
     """
-    trial.suggest_int("n_steps_pow", 7, 11)
-    trial.suggest_int("batch_size_pow", 6, 12)
-    trial.suggest_categorical("n_epochs", [5, 10, 20])
+    trial.suggest_int("rollout_pow", 9, 12)
+    trial.suggest_int("batch_size_pow", 7, 12)
+    trial.suggest_categorical("n_epochs", [3, 5, 10])
     trial.suggest_float("learning_rate", 3e-5, 1e-3, log=True)
     trial.suggest_float("critic_learning_rate", 3e-4, 3e-3, log=True)
     trial.suggest_float("one_minus_gamma", 0.001, 0.05, log=True)
@@ -128,6 +170,7 @@ def sample_dppo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
     trial.suggest_float("clip_range_of_sum", 0.05, 0.8, log=True)
     trial.suggest_float("clip_range_base_fraction", 0.1, 1.0, log=True)
     trial.suggest_int("n_actions", n_actions, n_actions)
+    trial.suggest_int("n_envs", n_envs, n_envs)
     return convert_dppo_params(trial.params)
 
 
@@ -137,9 +180,9 @@ def convert_dppo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     for name in ("gamma", "gae_lambda"):
         params[name] = 1 - params.pop(f"one_minus_{name}")
     params["batch_size"] = 2 ** params.pop("batch_size_pow")
-    # A multiple of ``act_steps``, and more than one decision.
+    # A rollout of about that many env steps, of which each env makes a multiple of ``act_steps``, and at least two decisions.
     act_steps = params.pop("act_steps", 1)
-    params["n_steps"] = act_steps * max(2, round(2 ** params.pop("n_steps_pow") / act_steps))
+    params["n_steps"] = act_steps * max(2, round(2 ** params.pop("rollout_pow") / (params.pop("n_envs") * act_steps)))
     params["clip_range"] = params.pop("clip_range_of_sum") / (act_steps * params.pop("n_actions"))
     params["clip_range_base"] = params["clip_range"] * params.pop("clip_range_base_fraction")
     if "min_std" in params:

@@ -85,7 +85,7 @@ def one_trial(tmp_path: Path, **entry: Any) -> dict[str, Any]:
     """The arguments of DPPO in one trial with this entry of a YAML file."""
     from rl_zoo3.exp_manager import ExperimentManager
 
-    (tmp_path / "fixed.yml").write_text(yaml.dump({"default": dict(policy="DiffusionMlpPolicy", n_timesteps=8, **entry)}))
+    (tmp_path / "fixed.yml").write_text(yaml.dump({"default": dict(policy="DiffusionMlpPolicy", n_timesteps=4096, **entry)}))
     manager = ExperimentManager(
         argparse.Namespace(),
         "dppo",
@@ -116,10 +116,12 @@ def test_trials_from_scratch_tune_the_policy_and_its_exploration(tmp_path: Path)
     assert -1 <= params["policy_kwargs"]["log_std_init"] <= 0.5 and "min_sampling_std" not in params
 
 
+@pytest.mark.parametrize("n_envs", [1, 4])
 @pytest.mark.parametrize("act_steps", [1, 3, 16, 100])
-def test_converted_n_steps(act_steps: int) -> None:
-    """Close to the power of two, a multiple of act_steps, and at least two decisions."""
+def test_converted_n_steps(act_steps: int, n_envs: int) -> None:
+    """All envs together make close to a power of two; each makes a multiple of act_steps and at least two decisions."""
     trial = dict(
+        n_envs=n_envs,
         batch_size_pow=9,
         one_minus_gamma=0.1,
         one_minus_gae_lambda=0.1,
@@ -128,12 +130,13 @@ def test_converted_n_steps(act_steps: int) -> None:
         n_actions=2,
     )
     for power in range(6, 11):
-        params = convert_dppo_params(trial | dict(n_steps_pow=power, act_steps=act_steps))
+        params = convert_dppo_params(trial | dict(rollout_pow=power, act_steps=act_steps))
         n_steps = params["n_steps"]
         assert params["clip_range"] == pytest.approx(0.2 / (2 * act_steps))
         assert params["clip_range_base"] == params["clip_range"]
         assert n_steps % act_steps == 0 and n_steps >= 2 * act_steps
-        assert abs(n_steps - 2**power) <= max(act_steps / 2, 2 * act_steps - 2**power)
+        wanted = 2**power / n_envs
+        assert abs(n_steps - wanted) <= max(act_steps / 2, 2 * act_steps - wanted)
 
 
 def pretrained(path: Path, horizon: int = 4) -> Path:
@@ -158,16 +161,24 @@ def test_fine_tuning_a_pre_trained_agent(tmp_path: Path) -> None:
         and tuned.policy.process.denoising_steps == 10
         and tuned.num_timesteps == 3072
     )
-    # In a study, new agents start from it by name.
-    conf = tmp_path / "tune.yml"
-    conf.write_text(
-        yaml.dump(
-            {"default": dict(policy="DiffusionMlpPolicy", n_envs=2, n_timesteps=1000, pretrained=str(agent), act_steps=4)}
-        )
-    )
-    tune = ("-optimize", "--n-trials", "2", "--eval-episodes", "1", "--no-optim-plots", "--conf-file", str(conf))
-    out = train("--algo", "dppo", "--env", "Pendulum-v1", "-n", "300", *tune, cwd=tmp_path)
-    assert "Best trial" in out
+
+
+def test_tuning_of_fine_tuning(tmp_path: Path) -> None:
+    """Every trial begins with the agent; one of them, the first, too, is trained again."""
+    agent = ("-i", str(pretrained(tmp_path / "agent.zip")))
+    common = ("--algo", "dppo", "--env", "Pendulum-v1", *agent, "-params", "n_envs:2", "--storage", "study.log")
+    tune = ("-optimize", "--n-trials", "2", "--eval-episodes", "1", "--n-evaluations", "2", "--no-optim-plots", "--progress")
+    out = train(*common, "--study-name", "s", *tune, "-n", "4096", cwd=tmp_path)
+    assert "dppo_finetune.yml" in out and "Best trial" in out
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / "study.log")))
+    study = optuna.load_study(study_name="s", storage=storage)
+    assert [len(trial.intermediate_values) for trial in study.trials] == [2, 2] and "pretrained" in study.user_attrs
+    assert not any({"width", "denoising_steps", "log_std_init", "min_std"} & set(trial.params) for trial in study.trials)
+    out = train(*common, "--study-name", "s", "--trial-id", "0", "-n", "300", cwd=tmp_path)
+    assert "Loading from Optuna study" in out and "Loading pretrained agent" in out
+    model = DPPO.load(tmp_path / "logs/dppo/Pendulum-v1_2/Pendulum-v1.zip")
+    assert model.learning_rate(1) == convert_dppo_params(study.trials[0].params)["learning_rate"]
+    assert model.pretrained_on_demonstrations
 
 
 def test_other_algorithms_still_work(tmp_path: Path) -> None:
