@@ -1,5 +1,6 @@
 """Diffusion actor-critic policies: their networks, what they make of observations, and acting in chunks."""
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Sequence
 from copy import deepcopy
@@ -15,7 +16,15 @@ from torch import nn
 
 from sb3_dppo.arguments import SAMPLER_ARGUMENTS, check_action_space, check_names
 from sb3_dppo.chunks import ChunkPolicy
-from sb3_dppo.diffusion.denoisers import Denoiser, MlpDenoiser, TransformerDenoiser, UnetDenoiser, gather_rows, make_mlp
+from sb3_dppo.diffusion.denoisers import (
+    Denoiser,
+    MlpDenoiser,
+    TransformerDenoiser,
+    UnetDenoiser,
+    activation_class,
+    gather_rows,
+    make_mlp,
+)
 from sb3_dppo.diffusion.process import DenoisingChain, DenoisingProcess
 from sb3_dppo.diffusion.sampler import DiffusionSampler, SamplerConfig, make_eta_network
 from sb3_dppo.features.extractors import EXTRACTORS
@@ -71,8 +80,8 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     :param obs_encoder_arch: Widths of an encoder of the observation inside the denoiser, or ``None``.
     :param film: Let time and observation scale and shift the denoiser's hidden layers, too (FiLM).
     :param time_dim: Size of the time embedding, even.
-    :param activation_fn: Activation of the denoiser and its observation encoder. ``None``: Tanh, as in PPO, where
-        ``prediction_type`` is "sample" or "mean", and elsewhere ReLU, as in the paper.
+    :param activation_fn: Activation of the denoiser and its observation encoder, a class or a name such as "relu". ``None``:
+        Tanh, as in PPO, where ``prediction_type`` is "sample" or "mean", and elsewhere ReLU, as in the paper.
     :param critic_activation_fn: Activation of the critic. ``None``: in the same way Tanh or Mish.
     :param ortho_init: Use orthogonal initial weights in the critic and in ``DiffusionMlpPolicy``'s denoiser, whose last layer
         is small then: an untrained policy acts around the centre of the action space and explores evenly (Andrychowicz et
@@ -118,8 +127,8 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         obs_encoder_arch: list[int] | None = None,
         film: bool = False,
         time_dim: int = 16,
-        activation_fn: type[nn.Module] | None = None,
-        critic_activation_fn: type[nn.Module] | None = None,
+        activation_fn: type[nn.Module] | str | None = None,
+        critic_activation_fn: type[nn.Module] | str | None = None,
         ortho_init: bool | None = None,
         log_std_init: float = 0.0,
         features_extractor_class: type[BaseFeaturesExtractor] | str = FlattenExtractor,
@@ -144,14 +153,11 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         check_observation_space(observation_space, features_extractor_class, normalize_images)
         # PPO's networks where actions are predicted, the paper's elsewhere.
         as_ppo = prediction_type in ("sample", "mean")
-        activation_fn = activation_fn or (nn.Tanh if as_ppo else nn.ReLU)
-        critic_activation_fn = critic_activation_fn or (nn.Tanh if as_ppo else nn.Mish)
+        activations = ("tanh", "tanh") if as_ppo else ("relu", "mish")
+        activation_fn = activation_class("activation_fn", activation_fn or activations[0])
+        critic_activation_fn = activation_class("critic_activation_fn", critic_activation_fn or activations[1])
         ortho_init = as_ppo if ortho_init is None else ortho_init
-        self._constructor_parameters = {
-            name: value
-            for name, value in locals().items()
-            if name not in ("self", "__class__", "observation_space", "action_space", "lr_schedule", "sampler", "as_ppo")
-        }
+        self._constructor_parameters = {name: value for name, value in locals().items() if name in SETTINGS}
         if horizon < 1:
             raise ValueError(f"horizon={horizon} must be at least 1.")
         self.horizon = horizon
@@ -400,6 +406,10 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         """
         actions, _, log_prob = self.sample_chain(obs, deterministic)
         return actions, self.predict_values(obs), log_prob
+
+
+# What a trained policy fixes: all arguments but self, what the env and the algorithm give, and the sampler's.
+SETTINGS = tuple(inspect.signature(DiffusionActorCriticPolicy.__init__).parameters)[4:-1]
 
 
 class DiffusionMlpPolicy(DiffusionActorCriticPolicy):

@@ -324,6 +324,7 @@ def test_widths_in_the_plainest_form(net_arch: Any, widths: tuple[int, int]) -> 
         (dict(), (nn.Tanh, nn.Tanh), True),
         (dict(prediction_type="epsilon"), (nn.ReLU, nn.Mish), False),
         (dict(activation_fn=nn.ELU, ortho_init=False), (nn.ELU, nn.Tanh), False),
+        (dict(activation_fn="leaky_relu", critic_activation_fn="silu"), (nn.LeakyReLU, nn.SiLU), True),
         (dict(prediction_type="epsilon", critic_activation_fn=nn.ELU, ortho_init=True), (nn.ReLU, nn.ELU), True),
     ],
 )
@@ -388,6 +389,7 @@ def test_features_extractor_and_encoder_have_frozen_copies() -> None:
         (dict(net_arch=dict(pi=[16, 8, 16]), residual=True), r"odd number of equal widths"),
         (dict(film=True, residual=True), r"net_arch=\[16\] has no residual block that film=True could modulate"),
         (dict(features_extractor_class="Vit"), "features_extractor_class='Vit' is unknown"),
+        (dict(activation_fn="swish"), "activation_fn='swish' is unknown.*relu.*torch.nn.ReLU"),
         (dict(use_sde=True), "use_sde"),
     ],
 )

@@ -9,6 +9,25 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
+# Those that YAML names, as RL Zoo does.
+ACTIVATIONS: dict[str, type[nn.Module]] = dict(
+    tanh=nn.Tanh, relu=nn.ReLU, elu=nn.ELU, leaky_relu=nn.LeakyReLU, silu=nn.SiLU, gelu=nn.GELU, mish=nn.Mish
+)
+
+
+def activation_class(name: str, value: Any) -> type[nn.Module]:
+    """
+    :param name: Name of the argument, for the error.
+    :param value: A class of modules, or the name of one of ``ACTIVATIONS``.
+    :return: The class.
+    :raises ValueError: for anything else.
+    """
+    if isinstance(value, str) and value in ACTIVATIONS:
+        return ACTIVATIONS[value]
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        return value
+    raise ValueError(f"{name}={value!r} is unknown: choose one of {list(ACTIVATIONS)}, or a class such as torch.nn.ReLU.")
+
 
 class ResidualBlock(nn.Module):
     """
