@@ -33,6 +33,8 @@ from sb3_dppo.policies import PAPER_POLICY_KWARGS
 CLASSES: dict[str, type[BaseAlgorithm]] = {"dppo": DPPO, "ppo": PPO}
 # Envs that are evaluated side by side: a policy decides for ten in little more time than for one.
 EVAL_ENVS = 10
+# Of a training, at most.
+TRAINING_ROWS = 100
 # What says nothing about the algorithm.
 NOT_ARGUMENTS = {"self", "policy", "env", "seed", "device", "verbose", "tensorboard_log", "_init_setup_model", "unknown"}
 
@@ -73,7 +75,7 @@ class RandomPolicy:
 
 class Evaluations(BaseCallback):
     """
-    Evaluates the policy at even distances, the end excepted.
+    Evaluates the policy at even distances, the end excepted, and notes how training's own episodes do.
 
     :param run: The run.
     :param env: Envs of its own.
@@ -88,8 +90,20 @@ class Evaluations(BaseCallback):
         self.n_done = 0
         self.rows: list[list[float]] = []
         self.seconds = np.zeros(2)
+        # The returns of training's episodes since the last of the rows of their means, which are at least this apart.
+        self.training_returns: list[float] = []
+        self.training_rows: list[list[float]] = []
+        self.distance = run.steps / TRAINING_ROWS
+
+    def _on_rollout_end(self) -> None:
+        last = self.training_rows[-1][0] if self.training_rows else 0
+        if self.training_returns and self.num_timesteps - last >= self.distance:
+            mean, n = float(np.mean(self.training_returns)), len(self.training_returns)
+            self.training_rows.append([self.num_timesteps, round(mean, 2), n])
+            self.training_returns = []
 
     def _on_step(self) -> bool:
+        self.training_returns += [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
         due = self.num_timesteps * self.run.evaluations // self.run.steps
         # Past the last one, what is due is the evaluation after the last update.
         if self.n_done < min(due, self.run.evaluations - 1):
@@ -130,7 +144,7 @@ def run_one(run: Run, policies: Path, demonstrations: Path) -> dict[str, Any]:
     start: dict[str, Any] = {} if run.pretraining is None else {"pretrained": str(pretrained(run, policies, demonstrations))}
     versions: dict[str, str | None] = {name: version(name) for name in ("stable_baselines3", "torch", "gymnasium", "mujoco")}
     versions.update(sb3_dppo=sb3_dppo.__version__, sb3_dppo_commit=commit())
-    training_return, seconds = None, np.zeros(2)
+    seconds = np.zeros(2)
     with tempfile.TemporaryDirectory() as folder:
         if run.algo == "random":
             eval_env = make_vec_env(run.env, min(EVAL_ENVS, run.final_eval_episodes))
@@ -145,8 +159,6 @@ def run_one(run: Run, policies: Path, demonstrations: Path) -> dict[str, Any]:
             model.learn(run.steps, callback=[*callbacks, evaluations])
             seconds = clocks() - before - evaluations.seconds
             evaluations.evaluate(model, run.final_eval_episodes)
-            episodes = [episode["r"] for episode in model.ep_info_buffer or []]
-            training_return = float(np.mean(episodes)) if episodes else None
             assert model.env is not None
             model.env.close()
         eval_env.close()
@@ -155,7 +167,7 @@ def run_one(run: Run, policies: Path, demonstrations: Path) -> dict[str, Any]:
         **{field: getattr(run, field) for field in fields},
         "arguments": used_arguments(run),
         "evaluations": evaluations.rows,
-        "training_return": training_return,
+        "training": evaluations.training_rows,
         "cpu_seconds": round(float(seconds[0]), 2),
         "wall_seconds": round(float(seconds[1]), 2),
         "versions": versions,
