@@ -25,7 +25,8 @@ from sb3_dppo.diffusion.denoisers import (
     gather_rows,
     make_mlp,
 )
-from sb3_dppo.diffusion.process import DenoisingChain, DenoisingProcess
+from sb3_dppo.diffusion.process import DenoisingChain, Process
+from sb3_dppo.diffusion.processes import make_process
 from sb3_dppo.diffusion.sampler import DiffusionSampler, SamplerConfig, make_eta_network
 from sb3_dppo.features.extractors import EXTRACTORS
 from sb3_dppo.features.observations import batch_size_of, check_observation_space, take
@@ -62,12 +63,13 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     :param action_space: Action space, a ``Box`` with finite bounds.
     :param lr_schedule: Learning rate schedule of the actor (could be constant).
     :param net_arch: Hidden widths: of the denoiser under ``pi`` and of the critic under ``vf``, or a list for both.
-    :param denoising_steps: K, the steps of the diffusion model.
+    :param denoising_steps: K, the steps of the diffusion model; of a flow, those that are run unless ``inference_steps`` says
+        otherwise.
     :param beta_schedule: diffusers' name of the noise schedule.
     :param horizon: Tp, the actions predicted at once. (4 is the default of ``DiffusionUnetPolicy``.)
-    :param prediction_type: What the denoiser predicts: "epsilon" (the noise), "sample" (the clean chunk), "v_prediction", or
-        "mean": that of a Gaussian policy, which has no noisy chunk to look at and so ``denoising_steps=1``. Its behaviour
-        cloning is least squares.
+    :param prediction_type: What the denoiser predicts: "epsilon" (the noise), "sample" (the clean chunk) or "v_prediction";
+        "flow", the velocity of a straight path between noise and chunk, trained by flow matching, for chains of few steps;
+        "mean", that of a Gaussian policy, which has no noisy chunk to look at and one step: its BC is least squares.
     :param clip_sample_range: Clamp of the predicted clean chunk to ± this value, or ``None``.
     :param clip_noise_pred: DDIM only: clamp of the noise that follows from it, or ``None``.
     :param clip_final_action: Clamp of the final sample, or ``None``.
@@ -104,7 +106,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     base_denoiser: Denoiser
     critic: nn.Sequential
     eta_network: nn.Sequential
-    process: DenoisingProcess
+    process: Process
     _default_net_arch: ClassVar[dict[str, list[int]]] = dict(pi=[64, 64], vf=[64, 64])
 
     def __init__(
@@ -223,11 +225,11 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         self.make_optimizers(lr_schedule(1))
         self.seed(int(th.randint(2**31, (), device="cpu")))
 
-    def _make_process(self, config: SamplerConfig) -> DenoisingProcess:
+    def _make_process(self, config: SamplerConfig) -> Process:
         arguments = {name: self._constructor_parameters[name] for name in PROCESS_ARGUMENTS}
         # Schedulers compute with numbers, also where the networks are only shapes.
         with th.device("cpu"):
-            process = DenoisingProcess(config.scheduler, inference_steps=config.inference_steps, **arguments)
+            process = make_process(config.scheduler, inference_steps=config.inference_steps, **arguments)
         return process.to(self.device)
 
     def configure_sampler(self, config: SamplerConfig) -> None:
@@ -379,12 +381,12 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
 
         :param obs: Observations, shape (B, ...).
         :param actions: Normalised chunks, shape (B, Tp, Da).
-        :param timesteps: Training timesteps in 0 … K-1, shape (B,). ``None`` draws them.
+        :param timesteps: Training timesteps, shape (B,): 0 … K-1, or of a flow 0 to 20. ``None`` draws them.
         :param noise: Standard normal, of the shape of ``actions``. ``None`` draws it.
         :return: Mean squared error to what ``prediction_type`` asks for, a scalar.
         """
         if timesteps is None:
-            timesteps = th.randint(self.process.denoising_steps, (len(actions),), device=actions.device)
+            timesteps = self.process.draw_timesteps(len(actions), actions.device)
         if noise is None:
             noise = th.randn_like(actions)
         return self.sampler.bc_loss(self.extract_features(obs), actions, timesteps, noise)

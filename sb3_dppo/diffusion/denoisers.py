@@ -151,6 +151,24 @@ def gather_rows(values: th.Tensor, index: th.Tensor) -> th.Tensor:
     return F.embedding(index, values)
 
 
+def sinusoids_of(timesteps: th.Tensor, size: int) -> th.Tensor:
+    """
+    :param timesteps: Timesteps, shape (T,).
+    :param size: Size of the embedding, even.
+    :return: Sines and cosines of them, shape (T, size).
+    """
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    return get_timestep_embedding(timesteps, size, downscale_freq_shift=1)
+
+
+def _look_up(sinusoids: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+    """Those of whole timesteps are in the table; a flow has others."""
+    if timesteps.is_floating_point():
+        return sinusoids_of(timesteps, sinusoids.shape[1])
+    return sinusoids[timesteps]
+
+
 class Denoiser(nn.Module, ABC):
     """
     What predicts noise, from what :meth:`encode` makes of the observation and :meth:`embed_timesteps` of the timestep.
@@ -177,7 +195,7 @@ class Denoiser(nn.Module, ABC):
     @abstractmethod
     def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
         """
-        :param timesteps: Training timesteps, shape (T,).
+        :param timesteps: Training timesteps, shape (T,). They are whole numbers below K, or any in a flow.
         :return: Their embeddings, shape (T, embedding_dim).
         """
 
@@ -225,13 +243,11 @@ class MlpDenoiser(Denoiser):
         **mlp: Any,
     ) -> None:
         super().__init__()
-        from diffusers.models.embeddings import get_timestep_embedding
-
         if time_dim < 4 or time_dim % 2 != 0:
             raise ValueError(f"time_dim={time_dim} must be even and at least 4.")
 
         mlp = {"activation_fn": nn.ReLU, "residual": True, **mlp}
-        sinusoids = get_timestep_embedding(th.arange(denoising_steps), time_dim, downscale_freq_shift=1)
+        sinusoids = sinusoids_of(th.arange(denoising_steps), time_dim)
         self.register_buffer("sinusoids", sinusoids, persistent=False)
         self.time_mlp = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Mish(), nn.Linear(2 * time_dim, time_dim))
         self.obs_encoder: nn.Module = nn.Identity()
@@ -277,7 +293,7 @@ class MlpDenoiser(Denoiser):
         return self.obs_encoder(features)
 
     def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
-        return self.time_mlp(self.sinusoids[timesteps])
+        return self.time_mlp(_look_up(self.sinusoids, timesteps))
 
     def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
         inputs = th.cat([sample.flatten(1), time_embedding.expand(len(sample), -1), condition], dim=1)
@@ -378,15 +394,13 @@ class TransformerDenoiser(Denoiser):
         self, action_dim: int, horizon: int, features_dim: int, denoising_steps: int, net_arch: Sequence[int], n_heads: int = 4
     ) -> None:
         super().__init__()
-        from diffusers.models.embeddings import get_timestep_embedding
-
         if len(set(net_arch)) != 1 or net_arch[0] % n_heads != 0:
             raise ValueError(
                 f"net_arch={list(net_arch)}: a transformer's layers have one width, a multiple of its {n_heads} heads, "
                 "such as [128, 128]."
             )
         width = net_arch[0]
-        sinusoids = get_timestep_embedding(th.arange(denoising_steps), width, downscale_freq_shift=1)
+        sinusoids = sinusoids_of(th.arange(denoising_steps), width)
         self.register_buffer("sinusoids", sinusoids, persistent=False)
         self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.Mish(), nn.Linear(width, width))
         self.obs_encoder = nn.Linear(features_dim, width)
@@ -402,7 +416,7 @@ class TransformerDenoiser(Denoiser):
         return self.obs_encoder(features)
 
     def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
-        return self.time_mlp(self.sinusoids[timesteps])
+        return self.time_mlp(_look_up(self.sinusoids, timesteps))
 
     def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
         memory = th.stack([time_embedding.expand(len(sample), -1), condition], dim=1)

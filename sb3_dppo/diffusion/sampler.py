@@ -11,12 +11,10 @@ from torch.nn import functional as F
 
 from sb3_dppo.diffusion.acceleration import COMPILE_OPTIONS, PRECISIONS, Compiled, CudaGraphs, precision_context, threads_for
 from sb3_dppo.diffusion.denoisers import Denoiser, gather_rows, make_mlp
-from sb3_dppo.diffusion.process import DenoisingChain, DenoisingProcess, gaussian_log_prob
+from sb3_dppo.diffusion.process import DenoisingChain, Process, gaussian_log_prob
 
 # Range of elementwise log-densities that enter a probability ratio (the reference implementation's).
 LOG_PROB_RANGE = (-5.0, 2.0)
-# The std of DDPM's deterministic mode, which is 0 at the last step only.
-DDPM_EVALUATION_STD = 1e-3
 # Of a floor that is learned or follows from another: densities stay within LOG_PROB_RANGE.
 MIN_LOGPROB_STD = 0.05
 # Hidden units of the network for a state-dependent η.
@@ -107,7 +105,7 @@ class SamplerConfig:
         """Whether the floors are learned."""
         return self.min_sampling_std is None and self.min_logprob_std is None
 
-    def check(self, process: DenoisingProcess, horizon: int) -> None:
+    def check(self, process: Process, horizon: int) -> None:
         """
         :param process: The denoising process that these settings make of the trained model's.
         :param horizon: Tp, actions in a chunk.
@@ -163,7 +161,7 @@ class DiffusionSampler:
         self.denoise_graphs.clear()
 
     @property
-    def process(self) -> DenoisingProcess:
+    def process(self) -> Process:
         """The denoising process."""
         return self.networks.process
 
@@ -288,7 +286,7 @@ class DiffusionSampler:
         elif self.process.is_ddim:
             std = th.zeros_like(sigma)
         else:
-            std = sigma.clamp(min=DDPM_EVALUATION_STD)
+            std = sigma.clamp(min=self.process.evaluation_std)
             std[-1] = 0.0
         log_prob_eta = eta if learned_eta is None else learned_eta[:, None]
         log_prob_std = self._with_eta(sigma[self.n_base_steps :, 0], log_prob_eta).clamp(min=log_prob_floor)
@@ -344,18 +342,22 @@ class DiffusionSampler:
 
     def bc_loss(self, features: th.Tensor, actions: th.Tensor, timesteps: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """
-        The supervised loss of the denoiser (Ho et al. 2020, eq. 14).
+        The supervised loss of the denoiser (Ho et al. 2020, eq. 14; of a flow, Lipman et al. 2023, eq. 23).
 
         :param features: Its features, shape (B, features_dim).
         :param actions: Normalised chunks, shape (B, Tp, Da).
-        :param timesteps: Training timesteps in 0 … K-1, shape (B,).
+        :param timesteps: As the process draws them, shape (B,).
         :param noise: Standard normal, of the shape of ``actions``.
         :return: Mean squared error to what ``prediction_type`` asks for, a scalar.
         """
-        noisy = self.process.add_noise(actions, noise, timesteps)
+        noisy, denoiser = self.process.add_noise(actions, noise, timesteps), self.networks.denoiser
         with self.autocast():
-            embeddings = self.networks.denoiser.embed_timesteps(th.arange(self.process.denoising_steps, device=actions.device))
-            output = self.networks.denoiser(noisy, gather_rows(embeddings, timesteps), self.networks.denoiser.encode(features))
+            if timesteps.is_floating_point():
+                embeddings = denoiser.embed_timesteps(timesteps)
+            else:  # each of the few there are once
+                steps = th.arange(self.process.denoising_steps, device=actions.device)
+                embeddings = gather_rows(denoiser.embed_timesteps(steps), timesteps)
+            output = denoiser(noisy, embeddings, denoiser.encode(features))
         return F.mse_loss(output.float(), self.process.denoising_target(actions, noise, timesteps))
 
     def eta(self, features: th.Tensor) -> float | th.Tensor:

@@ -252,7 +252,9 @@ def _make_model(algorithm: Any, config: dict[str, Any], env: VecEnv | None, devi
     model.n_envs = 1 if env is None else env.num_envs
     for name, attribute in ATTRIBUTES.items():
         setattr(model, attribute, training[name])
-    _check_rollout(model, policy_kwargs["horizon"], policy_kwargs["denoising_steps"])
+    # A flow may run more steps than it has.
+    n_iterates = max(policy_kwargs["denoising_steps"], model.inference_steps or 0) + 1
+    _check_rollout(model, policy_kwargs["horizon"], n_iterates)
     if env is not None:
         model.set_env(env)
     model._setup_model()
@@ -262,12 +264,12 @@ def _make_model(algorithm: Any, config: dict[str, Any], env: VecEnv | None, devi
     return model
 
 
-def _check_rollout(model: Any, horizon: int, denoising_steps: int) -> None:
+def _check_rollout(model: Any, horizon: int, n_iterates: int) -> None:
     """Refuse a rollout buffer, which is not allocated yet, of more bytes than a stranger's configuration may ask for."""
     decisions = model.n_steps // max(1, model.act_steps or horizon)
     parts: Any = parts_of_space(model.observation_space).values()
     n_bytes = sum(math.prod(part.shape) * min(4, part.dtype.itemsize) for part in parts)
-    n_bytes += 4 * (denoising_steps + 1) * horizon * (math.prod(model.action_space.shape) + 1)
+    n_bytes += 4 * n_iterates * horizon * (math.prod(model.action_space.shape) + 1)
     if decisions * n_bytes > MAX_ROLLOUT_BYTES:
         raise ValueError(
             f"n_steps={model.n_steps} means a rollout buffer of {decisions * n_bytes} bytes per env, more than "

@@ -9,7 +9,7 @@ import torch as th
 from torch.distributions import Normal
 
 from sb3_dppo import BC, DPPO, Demonstrations
-from sb3_dppo.diffusion.process import DenoisingProcess
+from sb3_dppo.diffusion.gaussian import GaussianProcess
 
 GAUSSIAN: dict[str, Any] = dict(prediction_type="mean", denoising_steps=1, horizon=2, net_arch=[32], clip_sample_range=None)
 
@@ -72,7 +72,7 @@ def test_learns_saves_and_goes_on(tmp_path: Path) -> None:
     loaded.learn(64)
 
 
-@pytest.mark.parametrize("arguments", [dict(denoising_steps=2), dict(denoising_steps=1, scheduler="ddim")])
+@pytest.mark.parametrize("arguments", [dict(denoising_steps=2), dict(inference_steps=2), dict(scheduler="ddim")])
 def test_there_is_nothing_to_denoise(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="Gaussian policy has one step, so use denoising_steps=1 and scheduler='ddpm'"):
-        DenoisingProcess(prediction_type="mean", **arguments)
+    with pytest.raises(ValueError, match="a Gaussian policy has one step, so use denoising_steps=1"):
+        GaussianProcess(**arguments)
