@@ -61,7 +61,8 @@ class DPPO(DecisionRollouts):
     :param clip_range_vf: Clipping parameter for the value function, a schedule or ``None``. It depends on the reward scaling.
     :param normalize_advantage: Whether to normalise the advantage over each minibatch
     :param advantage_quantiles: Clamp advantages between these two quantiles of the minibatch
-    :param ent_coef: Coefficient of the mean of η, which keeps a learned one (``learn_eta``) from getting small
+    :param ent_coef: Coefficient of the mean of a learned η (``learn_eta``) or of the log of a learned std, which is the
+        entropy but for a constant: it keeps exploration from getting small
     :param vf_coef: Value function coefficient for the loss calculation
     :param bc_coef: Coefficient of the log-probability, under the current policy, of chains sampled from the base policy
     :param kl_coef: Coefficient of the KL divergence of the denoising steps from the base policy's, per action dimension
@@ -76,8 +77,9 @@ class DPPO(DecisionRollouts):
         ``VecNormalize(norm_obs=True)``. A policy that has seen demonstrations keeps their ranges. Images stay as they are.
     :param shuffle: "pairs" draws minibatches from all pairs, "decisions" keeps the pairs of a decision together, so that its
         features are extracted once. ``None`` means "decisions" if the features extractor has parameters, else "pairs".
-    :param eta_learning_rate: Learning rate of η, which has an optimiser of its own, a schedule
-    :param eta_update_interval: Gradient steps of the actor between two of η
+    :param eta_learning_rate: Learning rate of what ``learn_eta`` or ``learn_std`` learns, which has an optimiser of its own, a
+        schedule
+    :param eta_update_interval: Gradient steps of the actor between two of it
     :param ft_denoising_anneal: Two numbers (n, d): after every n rollouts ``ft_denoising_steps`` decreases by d, down to 1,
         the denoiser as it is then becomes the base policy, which runs all steps before, and the optimisers start anew.
         ``None``: it stays.
@@ -140,6 +142,8 @@ class DPPO(DecisionRollouts):
         eta: float = 1.0,
         learn_eta: str | None = None,
         eta_range: tuple[float, float] = (0.1, 1.0),
+        learn_std: str | None = None,
+        std_range: tuple[float, float] = (0.05, 1.0),
         eta_learning_rate: float | str | Schedule = 1e-3,
         eta_update_interval: int = 1,
         ft_denoising_steps: int | None = None,
@@ -219,6 +223,8 @@ class DPPO(DecisionRollouts):
         self.eta = eta
         self.learn_eta = learn_eta
         self.eta_range = eta_range
+        self.learn_std = learn_std
+        self.std_range = std_range
         self.eta_learning_rate = eta_learning_rate
         self.eta_update_interval = eta_update_interval
         self.ft_denoising_steps = ft_denoising_steps
@@ -319,7 +325,7 @@ class DPPO(DecisionRollouts):
 
         :param samples: A minibatch.
         :return: The loss, and metrics that stay on the device: "policy_gradient_loss", "value_loss", "approx_kl",
-            "clip_fraction", "ratio", "bc_loss", "base_kl" and "eta".
+            "clip_fraction", "ratio", "bc_loss", "base_kl", "eta" and "std".
         """
         settings, n_pairs = self._loss_settings(), len(samples.decision_index)
         loss, metrics = actor_loss(self.policy, samples, self._advantages(samples), settings, n_pairs)
@@ -335,8 +341,8 @@ class DPPO(DecisionRollouts):
         optimizers = [self.policy.critic_optimizer]
         if train_actor:
             optimizers.append(self.policy.optimizer)
-            if self.learn_eta is not None and self._n_updates % self.eta_update_interval == 0:
-                optimizers.append(self.policy.eta_optimizer)
+            if self.policy.sampler.config.has_noise_network and self._n_updates % self.eta_update_interval == 0:
+                optimizers.append(self.policy.noise_optimizer)
         return optimizers
 
     def _default_slices(self, samples: DenoisingRolloutBufferSamples) -> int:
@@ -365,7 +371,7 @@ class DPPO(DecisionRollouts):
         return LossSettings(ranges, clip_range_vf, self.vf_coef, self.ent_coef, self.bc_coef, self.kl_coef)
 
     def _learning_rates(self) -> dict[str, float]:
-        """Those of actor, critic and η now."""
+        """Those of actor, critic and noise network now."""
         if self._lr_arguments != (self.learning_rate, self.lr_decay, self.lr_warmup):
             self._setup_lr_schedule()
         progress, shape = self._current_progress_remaining, (self.lr_decay, self.lr_warmup)
@@ -401,7 +407,6 @@ class DPPO(DecisionRollouts):
         self.logger.record("train/clip_range", settings.clip_ranges[-1].item())
         if settings.clip_range_vf is not None:
             self.logger.record("train/clip_range_vf", settings.clip_range_vf)
-        self.logger.record("train/std", th.as_tensor(self.policy.sampler.floors()[0]).mean().item())
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", "policy.optimizer", "policy.critic_optimizer", "policy.eta_optimizer"], []
+        return ["policy", "policy.optimizer", "policy.critic_optimizer", "policy.noise_optimizer"], []

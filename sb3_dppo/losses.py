@@ -27,7 +27,7 @@ class LossSettings:
     :param clip_ranges: Clipping parameter of the ratio at each denoising index, see :func:`clip_ranges`, shape (K',)
     :param clip_range_vf: Clipping parameter of the values, or ``None``
     :param vf_coef: Coefficient of the value loss
-    :param ent_coef: Coefficient of the mean of η
+    :param ent_coef: Coefficient of the mean of η, and of the log of a learned std
     :param bc_coef: Coefficient of the behaviour-cloning loss
     :param kl_coef: Coefficient of the KL divergence from the base policy
     """
@@ -48,7 +48,7 @@ def actor_loss(
     n_pairs: int,
 ) -> tuple[th.Tensor, Metrics]:
     """
-    The clipped policy loss over denoising steps, the bonus for η, and the KL divergence from the base policy.
+    The clipped policy loss over denoising steps, the bonus for noise, and the KL divergence from the base policy.
 
     :param policy: The policy.
     :param samples: A minibatch, or a part of one.
@@ -63,7 +63,7 @@ def actor_loss(
 
     eta = sampler.eta(features)
     mean = sampler.step_mean(policy.denoiser, features, samples.chain_prev, index, eta)
-    std = sampler.step_std(index, eta)
+    std = sampler.step_std(features, index, eta)
     log_prob = mean_log_prob(gaussian_log_prob(samples.chain_next, mean, std), n_executed)
     log_ratio = log_prob - samples.old_log_prob
     ratio = log_ratio.exp()
@@ -74,6 +74,8 @@ def actor_loss(
 
     mean_eta = (eta.mean() if isinstance(eta, th.Tensor) else th.full_like(policy_loss, eta)) * (len(ratio) / n_pairs)
     loss = policy_loss - settings.ent_coef * mean_eta
+    if settings.ent_coef != 0 and sampler.config.learns_std:
+        loss = loss - settings.ent_coef * std.log().mean() * (len(ratio) / n_pairs)
 
     base_kl = th.zeros_like(policy_loss)
     if base_features is not None:
@@ -92,6 +94,7 @@ def actor_loss(
             ratio=ratio.sum() / n_pairs,
             base_kl=base_kl,
             eta=mean_eta,
+            std=std.mean() * (len(ratio) / n_pairs),
         )
     return loss, {name: value.detach() for name, value in metrics.items()}
 

@@ -25,9 +25,10 @@ from sb3_dppo.diffusion.denoisers import (
     gather_rows,
     make_mlp,
 )
+from sb3_dppo.diffusion.noise import NoiseNetwork
 from sb3_dppo.diffusion.process import DenoisingChain, Process
 from sb3_dppo.diffusion.processes import make_process
-from sb3_dppo.diffusion.sampler import DiffusionSampler, SamplerConfig, make_eta_network
+from sb3_dppo.diffusion.sampler import DiffusionSampler, SamplerConfig
 from sb3_dppo.features.extractors import EXTRACTORS
 from sb3_dppo.features.observations import batch_size_of, check_observation_space, take
 from sb3_dppo.normalization import Normalizer
@@ -105,7 +106,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     denoiser: Denoiser
     base_denoiser: Denoiser
     critic: nn.Sequential
-    eta_network: nn.Sequential
+    noise_network: NoiseNetwork
     process: Process
     _default_net_arch: ClassVar[dict[str, list[int]]] = dict(pi=[64, 64], vf=[64, 64])
 
@@ -212,7 +213,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         if self.ortho_init:
             self.critic.apply(partial(self.init_weights, gain=HIDDEN_GAIN))
             self.init_weights(self.critic[-1], gain=1.0)
-        self.eta_network = make_eta_network(self.features_dim, self.action_dim)
+        self.noise_network = NoiseNetwork(self.features_dim, self.action_dim)
         self.log_std = nn.Parameter(th.full((self.action_dim,), float(arguments["log_std_init"])))
         self.base_denoiser = deepcopy(self.denoiser).requires_grad_(False)
         self.base_features_extractor = deepcopy(self.pi_features_extractor).requires_grad_(False)
@@ -244,18 +245,18 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
             raise
 
     def make_optimizers(self, learning_rate: float) -> None:
-        """Create new optimisers, with no state and this initial learning rate, for the actor, for the critic and for η."""
+        """Create new optimisers, with no state and this initial learning rate, for actor, critic and noise network."""
         actor = [*self.denoiser.parameters(), *self.pi_features_extractor.parameters(), self.log_std]
         critic = [*self.critic.parameters(), *self.vf_features_extractor.parameters()]
-        self.optimizer, self.critic_optimizer, self.eta_optimizer = (
+        self.optimizer, self.critic_optimizer, self.noise_optimizer = (
             self.optimizer_class(parameters, lr=learning_rate, **self.optimizer_kwargs)  # type: ignore[call-arg]
-            for parameters in (actor, critic, list(self.eta_network.parameters()))
+            for parameters in (actor, critic, list(self.noise_network.parameters()))
         )
 
     @property
     def optimizers(self) -> list[th.optim.Optimizer]:
-        """Those of the actor, the critic and η."""
-        return [self.optimizer, self.critic_optimizer, self.eta_optimizer]
+        """Those of the actor, the critic and the noise network."""
+        return [self.optimizer, self.critic_optimizer, self.noise_optimizer]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         env: dict[str, Any] = dict(observation_space=self.observation_space, action_space=self.action_space)
@@ -355,7 +356,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
             base_features = features = self.shared_features(obs) if features is None else features
             if features is None and n_base_steps > 0:
                 base_features = self.extract_features(obs, self.base_features_extractor)  # type: ignore[arg-type]
-            if features is None and (n_base_steps < sampler.inference_steps or sampler.config.learn_eta is not None):
+            if features is None and (n_base_steps < sampler.inference_steps or sampler.config.has_noise_network):
                 features = self.extract_features(obs)
             return sampler.sample(features, base_features, noise, n_base_steps, deterministic)
 

@@ -179,7 +179,7 @@ def test_log_probs_are_averaged_over_executed_actions_only() -> None:
     mean = policy.sampler.step_mean(
         policy.denoiser, samples.observations[samples.decision_index], samples.chain_prev, index, 1.0
     )
-    log_prob = gaussian_log_prob(samples.chain_next, mean, policy.sampler.step_std(index, 1.0))
+    log_prob = gaussian_log_prob(samples.chain_next, mean, policy.sampler.step_std(samples.observations, index, 1.0))
     old = log_prob.detach().clamp(-5, 2)[:, 0].mean(-1)
     loss_a = model.loss(samples._replace(n_executed=n_executed, old_log_prob=old))
     loss_b = model.loss(samples._replace(n_executed=n_executed, old_log_prob=old, chain_next=spoiled))
@@ -377,7 +377,7 @@ def test_kl_to_the_base_policy_in_closed_form() -> None:
         policy.sampler.step_mean(denoiser, obs, samples.chain_prev, index, 1.0)
         for denoiser in (policy.denoiser, policy.base_denoiser)
     ]
-    std = policy.sampler.step_std(index, 1.0).expand_as(means[0])
+    std = policy.sampler.step_std(obs, index, 1.0).expand_as(means[0])
     ours, base = (th.distributions.Normal(mean, std) for mean in means)
     expected = th.distributions.kl_divergence(ours, base)
     executed = th.arange(policy.horizon) < samples.n_executed[samples.decision_index][:, None]

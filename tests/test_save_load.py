@@ -40,7 +40,7 @@ def test_round_trip_with_both_optimisers_and_the_base_denoiser(tmp_path: Path) -
     assert states_equal(model.get_parameters(), loaded.get_parameters())
     assert set(model.get_parameters()) == {
         "policy",
-        *(f"policy.{name}" for name in ("optimizer", "critic_optimizer", "eta_optimizer")),
+        *(f"policy.{name}" for name in ("optimizer", "critic_optimizer", "noise_optimizer")),
     }
     assert any(name.startswith("base_denoiser.") for name in model.get_parameters()["policy"])
     assert len(model.get_parameters()["policy.critic_optimizer"]["state"]) > 0

@@ -6,22 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch as th
-from torch import nn
 from torch.nn import functional as F
 
 from sb3_dppo.diffusion.acceleration import COMPILE_OPTIONS, PRECISIONS, Compiled, CudaGraphs, precision_context, threads_for
-from sb3_dppo.diffusion.denoisers import Denoiser, gather_rows, make_mlp
+from sb3_dppo.diffusion.denoisers import Denoiser, gather_rows
+from sb3_dppo.diffusion.noise import LEARNED, InwardClamp
 from sb3_dppo.diffusion.process import DenoisingChain, Process, gaussian_log_prob
 
 # Range of elementwise log-densities that enter a probability ratio (the reference implementation's).
 LOG_PROB_RANGE = (-5.0, 2.0)
 # Of a floor that is learned or follows from another: densities stay within LOG_PROB_RANGE.
 MIN_LOGPROB_STD = 0.05
-# Hidden units of the network for a state-dependent η.
-ETA_WIDTH = 64
 
 ALTERNATIVES: dict[str, tuple[Any, ...]] = dict(
-    learn_eta=(None, "action", "state"),
+    learn_eta=LEARNED,
+    learn_std=LEARNED,
     deterministic_noise=("observation", "zero", "random"),
     compile=COMPILE_OPTIONS,
     precision=PRECISIONS,
@@ -43,6 +42,9 @@ class SamplerConfig:
     :param learn_eta: DDIM only: learn η, from ``eta`` on, one for each action dimension ("action") or as a function of the
         observation ("state"); ``None``: it stays
     :param eta_range: Bounds of a learned η
+    :param learn_std: Learn the floor of the std, from its value on, one for each action dimension ("action") or as a function
+        of observation and denoising step ("state", as in ReinFlow, Zhang et al. 2025); ``None``: see ``min_sampling_std``
+    :param std_range: Bounds of what ``learn_std`` learns
     :param ft_denoising_steps: K', the last denoising steps, which are fine-tuned. The others run the frozen pre-trained
         policy. ``None`` means all.
     :param min_sampling_std: Floor of each denoising step's std when exploring, in normalised action space [-1, 1]. ``None``:
@@ -66,6 +68,8 @@ class SamplerConfig:
     eta: float = 1.0
     learn_eta: str | None = None
     eta_range: tuple[float, float] = (0.1, 1.0)
+    learn_std: str | None = None
+    std_range: tuple[float, float] = (0.05, 1.0)
     ft_denoising_steps: int | None = None
     min_sampling_std: float | None = None
     min_logprob_std: float | None = None
@@ -83,6 +87,14 @@ class SamplerConfig:
         low, high = self.eta_range
         if not 0 <= low < high <= 1:
             raise ValueError(f"eta_range={self.eta_range} must be two numbers with 0 <= low < high <= 1.")
+        low, high = self.std_range
+        if not 0 < low < high:
+            raise ValueError(f"std_range={self.std_range} must be two numbers with 0 < low < high.")
+        if self.learn_eta is not None and self.learn_std is not None:
+            raise ValueError(
+                f"learn_eta={self.learn_eta!r} and learn_std={self.learn_std!r} would both be learned from the same noise: "
+                "choose one."
+            )
         if self.noise_clip is None or not self.noise_clip > 0:
             raise ValueError(f"noise_clip={self.noise_clip} must be positive: use a large number for no clamp.")
         if self.min_sampling_std is not None and not self.min_sampling_std >= 0:
@@ -101,9 +113,19 @@ class SamplerConfig:
         return log_prob if sampling is None else sampling, log_prob
 
     @property
-    def learns_std(self) -> bool:
-        """Whether the floors are learned."""
+    def has_log_std(self) -> bool:
+        """Whether the floors are the policy's ``log_std``, which is learned."""
         return self.min_sampling_std is None and self.min_logprob_std is None
+
+    @property
+    def learns_std(self) -> bool:
+        """Whether the floors are learned, in whatever way."""
+        return self.learn_std is not None or self.has_log_std
+
+    @property
+    def has_noise_network(self) -> bool:
+        """Whether something about the noise is learned by a network."""
+        return self.learn_eta is not None or self.learn_std is not None
 
     def check(self, process: Process, horizon: int) -> None:
         """
@@ -131,8 +153,8 @@ class DiffusionSampler:
 
     :param config: The settings.
     :param networks: What has the networks as attributes, for instance a policy: ``process``, ``denoiser``, ``base_denoiser``,
-        ``eta_network``, from features to the offset of a learned η (:func:`make_eta_network`), and ``log_std``, the log of a
-        learned floor of the std, shape (Da,).
+        ``noise_network`` for a learned η or std (:class:`~sb3_dppo.diffusion.noise.NoiseNetwork`), and ``log_std``, the log of
+        a learned floor of the std, shape (Da,).
     :param chunk_shape: (Tp, Da).
     :raises ValueError: naming the setting that does not fit the model.
     """
@@ -210,7 +232,7 @@ class DiffusionSampler:
         """
         Sample one chunk per row (Ren et al. 2024, section 4.3 for the floors of the std), without gradients.
 
-        :param features: Features of the denoiser, shape (B, features_dim). ``None`` if neither it nor a learned η runs.
+        :param features: Features of the denoiser, shape (B, features_dim). ``None`` if neither it nor the noise network runs.
         :param base_features: Features of the base denoiser, likewise.
         :param noise: Standard normal, shape (S+1, B, Tp, Da): the initial iterate, then one per step in the order in which
             they run, before ``noise_clip``.
@@ -222,7 +244,7 @@ class DiffusionSampler:
         device = noise.device
         with th.no_grad(), threads_for(noise.shape[1]):
             eta = None if self.config.learn_eta is None or features is None else self.learned_eta(features)
-            tensors = (features, base_features, noise, *self._sampling_stds(deterministic, eta), eta)
+            tensors = (features, base_features, noise, *self._sampling_stds(deterministic, features, eta), eta)
             arguments = (n_base_steps, deterministic)
             if self.config.compile is True:
                 chain = self.compiled_denoise(device, *tensors, *arguments)
@@ -273,14 +295,16 @@ class DiffusionSampler:
         log_prob = gaussian_log_prob(chain[:, 1:], th.stack(means, dim=1), log_prob_std)
         return DenoisingChain(iterates[-1], chain, log_prob)
 
-    def _sampling_stds(self, deterministic: bool, learned_eta: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
+    def _sampling_stds(
+        self, deterministic: bool, features: th.Tensor | None, learned_eta: th.Tensor | None
+    ) -> tuple[th.Tensor, th.Tensor]:
         """``step_std`` and ``log_prob_std`` of :meth:`_denoise`."""
         is_constant = learned_eta is None and not self.config.learns_std
         if is_constant and deterministic in self._stds:
             return self._stds[deterministic]
         eta = self.config.eta if learned_eta is None else learned_eta
         sigma = self.process.sigmas()[:, None, None, None]
-        sampling_floor, log_prob_floor = self.floors()
+        sampling_floor, log_prob_floor = self._floors_of_steps(features)
         if not deterministic:
             std = self._with_eta(sigma, eta).clamp(min=sampling_floor)
         elif self.process.is_ddim:
@@ -312,14 +336,24 @@ class DiffusionSampler:
             output = denoiser(chain_prev, gather_rows(embeddings, denoising_index), denoiser.encode(features)).float()
         return self.process.transition(chain_prev, output, denoising_index + self.n_base_steps, eta)[0]
 
-    def step_std(self, denoising_index: th.Tensor, eta: Any) -> th.Tensor:
+    def _floors_of_steps(self, features: th.Tensor | None) -> tuple[Any, Any]:
+        """In sampling, of all steps, numbers or of shape (Da,) or (S, B, 1, Da), and in log-probabilities, of the last K'."""
+        if self.config.learn_std != "state" or features is None:
+            return self.floors()
+        S, B = self.inference_steps, len(features)
+        positions = th.arange(S, device=features.device).repeat_interleave(B)
+        floor = self.floors(features.repeat(S, 1), positions)[0].view(S, B, 1, -1)
+        return floor, floor[self.n_base_steps :].transpose(0, 1)
+
+    def step_std(self, features: th.Tensor, denoising_index: th.Tensor, eta: Any) -> th.Tensor:
         """
+        :param features: The actor's features for each step, shape (N, features_dim).
         :param denoising_index: Which steps, in 0 … K'-1, shape (N,).
         :param eta: DDIM's η, a number or of shape (N, 1, Da).
         :return: Their std in log-probabilities, shape (N, 1, 1) or (N, 1, Da). Differentiable where it is learned.
         """
         sigma = self.process.sigmas()[self.n_base_steps :][denoising_index][:, None, None]
-        return self._with_eta(sigma, eta).clamp(min=self.floors()[1])
+        return self._with_eta(sigma, eta).clamp(min=self.floors(features, denoising_index + self.n_base_steps)[1])
 
     def chain_log_prob(self, features: th.Tensor, chain: th.Tensor) -> th.Tensor:
         """
@@ -337,7 +371,7 @@ class DiffusionSampler:
         denoising_index = th.arange(n_steps, device=chain.device).repeat(len(chain))
         eta = self.eta(features)
         mean = self.step_mean(self.networks.denoiser, features, chain[:, :-1].flatten(0, 1), denoising_index, eta)
-        log_prob = gaussian_log_prob(chain[:, 1:].flatten(0, 1), mean, self.step_std(denoising_index, eta))
+        log_prob = gaussian_log_prob(chain[:, 1:].flatten(0, 1), mean, self.step_std(features, denoising_index, eta))
         return log_prob.view_as(chain[:, 1:])
 
     def bc_loss(self, features: th.Tensor, actions: th.Tensor, timesteps: th.Tensor, noise: th.Tensor) -> th.Tensor:
@@ -375,60 +409,44 @@ class DiffusionSampler:
         :return: DDIM's η, within ``eta_range``, shape (N, 1, Da). Differentiable, but not in the features.
         """
         if self.config.learn_eta == "state":
-            offset = self.networks.eta_network(features.detach())
+            offset = self.networks.noise_network(features, 0.0)
         else:
             # Without the features, only the last bias has a gradient.
-            bias: Any = self.networks.eta_network[-1].bias
-            offset = bias.expand(len(features), -1)
-        return _InwardClamp.apply(self.config.eta + offset, *self.config.eta_range)[:, None]
+            offset = self.networks.noise_network.output.bias.expand(len(features), -1)
+        return InwardClamp.apply(self.config.eta + offset, *self.config.eta_range)[:, None]
 
-    def floors(self) -> tuple[Any, Any]:
-        """Floors of the std in sampling and in log-probabilities: numbers, or a learned one, shape (Da,)."""
+    def floors(self, features: th.Tensor | None = None, position: th.Tensor | None = None) -> tuple[Any, Any]:
+        """
+        :param features: The actor's features for each of N steps, shape (N, features_dim); not needed unless
+            ``learn_std="state"``.
+        :param position: Their positions in the process, shape (N,), likewise.
+        :return: Floors of the std in sampling and in log-probabilities: numbers, or a learned one, shape (Da,) or (N, 1, Da).
+        """
         if not self.config.learns_std:
             return self.config.floors
-        learned = self.learned_std()
+        learned = self.learned_std(features, position)
         return learned, learned
 
-    def learned_std(self) -> th.Tensor:
-        """The learned floor of the std, shape (Da,). Differentiable."""
-        std = self.networks.log_std.exp()
-        return _InwardClamp.apply(std, MIN_LOGPROB_STD, math.inf) if th.is_grad_enabled() else std.clamp(min=MIN_LOGPROB_STD)
+    def learned_std(self, features: th.Tensor | None = None, position: th.Tensor | None = None) -> th.Tensor:
+        """The learned floor of the std, differentiable; arguments and shape as of :meth:`floors`."""
+        log_std, learn_std = self.networks.log_std, self.config.learn_std
+        if learn_std is None:
+            std = log_std.exp()
+            return (
+                InwardClamp.apply(std, MIN_LOGPROB_STD, math.inf) if th.is_grad_enabled() else std.clamp(min=MIN_LOGPROB_STD)
+            )
+        start = log_std.exp().detach() if self.config.has_log_std else self.config.floors[1]
+        network = self.networks.noise_network
+        if learn_std == "action":
+            offset = network.output.bias
+        else:
+            assert features is not None and position is not None
+            offset = network(features, position / self.inference_steps)[:, None]
+        return InwardClamp.apply(start * offset.exp(), *self.config.std_range)
 
     def _with_eta(self, sigma: th.Tensor, eta: float | th.Tensor) -> th.Tensor:
         """The std of steps whose std with η = 1 is ``sigma``."""
         return eta * sigma if self.process.is_ddim else sigma
-
-
-class _InwardClamp(th.autograd.Function):
-    """A clamp that passes on gradients that lead back inside, so that a parameter beyond a bound is not stuck there."""
-
-    @staticmethod
-    def forward(ctx: Any, x: th.Tensor, low: float, high: float) -> th.Tensor:
-        ctx.save_for_backward(x)
-        ctx.bounds = low, high
-        return x.clamp(low, high)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: th.Tensor) -> tuple[th.Tensor, None, None]:
-        (x,), (low, high), gradient = ctx.saved_tensors, ctx.bounds, gradients[0]
-        # A descent step goes against the gradient.
-        outward = ((x <= low) & (gradient > 0)) | ((x >= high) & (gradient < 0))
-        return th.where(outward, 0.0, gradient), None, None
-
-
-def make_eta_network(features_dim: int, action_dim: int) -> nn.Sequential:
-    """
-    :param features_dim: Size of the observation features.
-    :param action_dim: Da.
-    :return: A network for the offset of a learned η, 0 to begin with: its last bias is that of each action dimension, and the
-        weights before it are those of the observation.
-    """
-    with th.random.fork_rng(devices=[]):  # What other networks and rollouts draw does not depend on it.
-        network = make_mlp(features_dim, action_dim, [ETA_WIDTH], nn.Mish)
-    output: Any = network[-1]
-    nn.init.zeros_(output.weight)
-    nn.init.zeros_(output.bias)
-    return network
 
 
 def mean_over_executed(values: th.Tensor, n_executed: th.Tensor) -> th.Tensor:

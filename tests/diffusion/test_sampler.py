@@ -49,7 +49,7 @@ def test_a_learned_eta_begins_at_eta_and_is_replayed(learn_eta: str) -> None:
         replayed = model.policy.chain_log_prob(obs, sampled[1].chain)
         th.testing.assert_close(replayed, sampled[1].log_prob, rtol=1e-3, atol=1e-3)
     # Of a network that depends on the observation, too.
-    th.nn.init.normal_(model.policy.eta_network[-1].weight)
+    th.nn.init.normal_(model.policy.noise_network.output.weight)
     assert (etas(model).std(dim=0) > 0).all() == (learn_eta == "state")
     sample = model.policy.sample_chain(obs, noise=noise)
     th.testing.assert_close(model.policy.chain_log_prob(obs, sample.chain), sample.log_prob, rtol=1e-3, atol=1e-3)
@@ -73,7 +73,7 @@ def test_the_gradient_of_eta_is_that_of_finite_differences() -> None:
     model = make_model(learn_eta="action")
     model.learn(32)
     samples = next(model.rollout_buffer.get(None))
-    bias = model.policy.eta_network[-1].bias
+    bias = model.policy.noise_network.output.bias
     (gradient,) = th.autograd.grad(model.loss(samples)[0], bias)
     step = 1e-3
     with th.no_grad():
@@ -88,7 +88,7 @@ def test_the_gradient_of_eta_is_that_of_finite_differences() -> None:
 
 def test_an_eta_at_its_upper_bound_has_finite_gradients() -> None:
     model = make_model(learn_eta="action", eta_range=(0.0, 1.0))
-    th.nn.init.constant_(model.policy.eta_network[-1].bias, 100.0)
+    th.nn.init.constant_(model.policy.noise_network.output.bias, 100.0)
     model.learn(32)
     assert (etas(model) == 1).all()
     assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
@@ -99,13 +99,13 @@ def test_eta_has_an_optimiser_and_an_interval_of_its_own() -> None:
     for interval in (1, 3):
         model = make_model(learn_eta="state", eta_update_interval=interval, critic_warmup=1)
         model.learn(64)
-        state = model.policy.eta_optimizer.state[model.policy.eta_network[-1].bias]
+        state = model.policy.noise_optimizer.state[model.policy.noise_network.output.bias]
         counts[interval] = int(state["step"])
     n_updates = model._n_updates // 2  # the first rollout trained the critic only
     assert counts == {1: n_updates, 3: len([n for n in range(n_updates, 2 * n_updates) if n % 3 == 0])}
     fixed = make_model()
     fixed.learn(32)
-    assert not fixed.policy.eta_optimizer.state
+    assert not fixed.policy.noise_optimizer.state
 
 
 def test_files_do_not_depend_on_how_eta_is_learned(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_loaded_file_begins_where_eta_says(learn_eta: str, eta: float, tmp_pat
 
 def test_other_bounds_leave_a_learned_eta_alone(tmp_path: Path) -> None:
     model = make_model(learn_eta="action", eta=1.0)
-    th.nn.init.constant_(model.policy.eta_network[-1].bias, -0.5)  # type: ignore[arg-type]
+    th.nn.init.constant_(model.policy.noise_network.output.bias, -0.5)
     model.save(tmp_path / "model")
     for eta_range, expected in (((0.1, 1.0), 0.5), ((0.3, 0.9), 0.5), ((0.6, 0.9), 0.6), ((0.0, 0.4), 0.4)):
         loaded = DPPO.load(tmp_path / "model", eta_range=eta_range)
@@ -143,7 +143,7 @@ def test_other_bounds_leave_a_learned_eta_alone(tmp_path: Path) -> None:
 
 def test_an_eta_beyond_a_bound_finds_back() -> None:
     model = make_model(learn_eta="action", eta=1.0)
-    bias = model.policy.eta_network[-1].bias
+    bias = model.policy.noise_network.output.bias
     for offset, sign, moves in ((0.5, 1, True), (0.5, -1, False), (-2.0, -1, True), (-2.0, 1, False)):
         th.nn.init.constant_(bias, offset)  # type: ignore[arg-type]
         (gradient,) = th.autograd.grad(sign * etas(model).mean(), bias)  # type: ignore[arg-type]
@@ -203,8 +203,8 @@ def test_a_learned_std_is_that_of_sampling_and_of_log_probabilities(kwargs: dict
     quiet[-1] = 0.0
     sample, without = policy.sample_chain(obs, noise=noise), policy.sample_chain(obs, noise=quiet)
     # The last step has little noise of its own.
-    th.testing.assert_close(sample.actions - without.actions, noise[-1] * sampler.step_std(th.tensor([2]), 0.5)[0])
-    th.testing.assert_close(sampler.step_std(th.tensor([2]), 0.5).flatten(), sampler.learned_std())
+    th.testing.assert_close(sample.actions - without.actions, noise[-1] * sampler.step_std(obs[:1], th.tensor([2]), 0.5)[0])
+    th.testing.assert_close(sampler.step_std(obs[:1], th.tensor([2]), 0.5).flatten(), sampler.learned_std())
     th.testing.assert_close(policy.chain_log_prob(obs, sample.chain), sample.log_prob, rtol=1e-3, atol=1e-3)
     # Where chains would be more probable under less noise, the gradient says so, unless that is at its bound.
     policy.chain_log_prob(obs, without.chain)[:, -1].sum().neg().backward()

@@ -117,7 +117,7 @@ def test_train_save_load_predict(case: str, sampler: str, tmp_path: Path, monkey
     assert any(name.startswith("denoiser.") for name in changed)
     assert any(name.startswith("critic.") for name in changed)
     assert not any(name.startswith("base_") for name in changed)
-    assert any(name.startswith("eta_network.") for name in changed) == ("eta" in sampler)
+    assert any(name.startswith("noise_network.") for name in changed) == ("eta" in sampler)
     if list(model.policy.pi_features_extractor.parameters()):
         # Encoders learn with their networks, and observations of images stay bytes.
         assert any(name.startswith("pi_features_extractor.") for name in changed)
