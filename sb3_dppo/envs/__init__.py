@@ -1,12 +1,18 @@
-"""Envs of other projects, as Gymnasium's and Stable-Baselines3's. They are imported when an env is made."""
+"""
+Envs of other projects, as Gymnasium's and Stable-Baselines3's, which are imported when an env is made, and envs that a frozen
+policy is a part of.
+"""
 
 from sb3_dppo.envs.envpool import EnvPoolVecEnv, use_envpool
 from sb3_dppo.envs.metaworld import MetaWorldEnv, register_metaworld_envs
 from sb3_dppo.envs.robosuite import RobosuiteEnv, register_robosuite_envs
+from sb3_dppo.envs.steering import NoiseSpaceVecEnv, ResidualVecEnv
 
 __all__ = [
     "EnvPoolVecEnv",
     "MetaWorldEnv",
+    "NoiseSpaceVecEnv",
+    "ResidualVecEnv",
     "RobosuiteEnv",
     "register_metaworld_envs",
     "register_robosuite_envs",
