@@ -79,7 +79,7 @@ class ChunkPolicy(ActorCriticPolicy):
     def sample_chain(
         self, obs: PyTorchObs, deterministic: bool = False, noise: th.Tensor | None = None, use_base: bool = False
     ) -> DenoisingChain:
-        """See :meth:`~sb3_dppo.policies.DiffusionActorCriticPolicy.sample_chain`."""
+        """See :meth:`~sb3_dppo.actor_critic.DiffusionActorCriticPolicy.sample_chain`."""
 
     def seed(self, seed: int) -> None:
         """Seed the generator that :meth:`predict` draws from."""

@@ -12,12 +12,13 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import explained_variance, update_learning_rate
 
 from sb3_dppo import arguments
+from sb3_dppo.actor_critic import DiffusionActorCriticPolicy
 from sb3_dppo.buffers import DenoisingRolloutBuffer, DenoisingRolloutBufferSamples, RewardScaler
 from sb3_dppo.diffusion.acceleration import CPU_SLICE_SIZE, keep_freed_memory
 from sb3_dppo.features.observations import check_observation_space
 from sb3_dppo.gradients import check_update, compute_gradients, gradient_step
 from sb3_dppo.losses import LossSettings, Metrics, actor_loss, behaviour_cloning_loss, clip_ranges, pair_advantages, value_loss
-from sb3_dppo.policies import POLICIES, DiffusionActorCriticPolicy
+from sb3_dppo.policies import POLICIES
 from sb3_dppo.rollouts import DecisionRollouts
 from sb3_dppo.runs.pretrained import read_pretrained
 from sb3_dppo.schedules import make_schedule
@@ -92,7 +93,7 @@ class DPPO(DecisionRollouts):
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
     :param stats_window_size: Over how many episodes the logged success rate, episode length and reward are averaged
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
-    :param policy_kwargs: Arguments of the policy, see :class:`~sb3_dppo.policies.DiffusionActorCriticPolicy`
+    :param policy_kwargs: Arguments of the policy, see :class:`~sb3_dppo.actor_critic.DiffusionActorCriticPolicy`
     :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as the device), 2 for debug messages
     :param seed: Seed for the pseudo random generators
     :param device: Device (cpu, cuda, ...) on which the code should be run; auto is the GPU if possible

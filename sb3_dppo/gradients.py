@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator
 
 import torch as th
 
+from sb3_dppo.actor_critic import DiffusionActorCriticPolicy
 from sb3_dppo.buffers import DenoisingRolloutBufferSamples, equal_slices
 from sb3_dppo.losses import LossSettings, Metrics, actor_loss, behaviour_cloning_loss, value_loss
-from sb3_dppo.policies import DiffusionActorCriticPolicy
 
 
 def compute_gradients(

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch as th
 
+from sb3_dppo.actor_critic import DiffusionActorCriticPolicy
 from sb3_dppo.buffers import DenoisingRolloutBufferSamples
 from sb3_dppo.diffusion.process import gaussian_log_prob
 from sb3_dppo.diffusion.sampler import mean_log_prob, mean_over_executed
 from sb3_dppo.features.observations import take
-from sb3_dppo.policies import DiffusionActorCriticPolicy
 
 Metrics = dict[str, th.Tensor]
 

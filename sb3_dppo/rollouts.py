@@ -9,12 +9,12 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_dppo.actor_critic import DiffusionActorCriticPolicy
 from sb3_dppo.arguments import SAMPLER_ARGUMENTS, check_training_arguments
 from sb3_dppo.buffers import DenoisingRolloutBuffer, RewardScaler, equal_slices
 from sb3_dppo.chunks import ChunkQueue
 from sb3_dppo.diffusion.sampler import SamplerConfig
 from sb3_dppo.features.observations import stack, take
-from sb3_dppo.policies import DiffusionActorCriticPolicy
 from sb3_dppo.runs.resumable import ResumableAlgorithm
 from sb3_dppo.schedules import make_schedule
 

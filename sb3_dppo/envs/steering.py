@@ -14,8 +14,8 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 from sb3_dppo.chunks import ChunkState
 
 if TYPE_CHECKING:
+    from sb3_dppo.actor_critic import DiffusionActorCriticPolicy
     from sb3_dppo.dppo import DPPO
-    from sb3_dppo.policies import DiffusionActorCriticPolicy
 
 # Where a Dict observation has the frozen policy's action.
 BASE_ACTION = "base_action"
