@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
 
 from sb3_dppo.actor_critic import ACTION_GAIN, HIDDEN_GAIN, DiffusionActorCriticPolicy
+from sb3_dppo.arguments import check_names
 from sb3_dppo.diffusion.denoisers import Denoiser, MlpDenoiser, TransformerDenoiser, UnetDenoiser
+from sb3_dppo.diffusion.film_unet import FilmUnetDenoiser
 
 # The paper's policies for Gym tasks, in policy_kwargs' terms, for pre-training and fine-tuning; the constructor's own defaults
 # are for learning from scratch (Ren et al. 2024, table A7).
@@ -64,22 +66,59 @@ class _SequencePolicy(DiffusionActorCriticPolicy):
     def __init__(self, *args: Any, horizon: int = 4, **kwargs: Any) -> None:
         super().__init__(*args, horizon=horizon, **kwargs)  # type: ignore[misc]
 
-    def _widths(self) -> Sequence[int]:
-        """The denoiser's, which must have been given no settings of other denoisers."""
-        for name in ("layer_norm", "obs_encoder_arch", "film"):
+    def _widths(self, foreign: Sequence[str] = ("layer_norm", "obs_encoder_arch", "film")) -> Sequence[int]:
+        """The denoiser's, which must have been given none of the settings of other denoisers."""
+        for name in foreign:
             if self._constructor_parameters[name]:
                 value = self._constructor_parameters[name]
                 raise ValueError(f"{name}={value} is a setting of DiffusionMlpPolicy: {type(self).__name__} has its own.")
         return self.net_arch["pi"]  # type: ignore[call-overload]
 
 
+# Of the "film" net, in ``net_kwargs``.
+FILM_SETTINGS = ("kernel_size", "n_groups", "film_scale", "condition_layers", "norm_eps")
+
+
 class DiffusionUnetPolicy(_SequencePolicy):
-    __doc__ = DiffusionActorCriticPolicy.__doc__
+    """
+    A policy whose denoiser is a UNet along the chunk.
+
+    :param net: "diffusers", its ``UNet1DModel``, or "film", the conditional UNet of Diffusion Policy (Chi et al. 2023), which
+        others' checkpoints have; that one also heeds ``time_dim`` and ``obs_encoder_arch``, and its activation is Mish.
+    :param net_kwargs: Of "film": ``kernel_size``, ``n_groups``, ``film_scale``, ``condition_layers`` and ``norm_eps``, see
+        :class:`~sb3_dppo.diffusion.film_unet.FilmUnetDenoiser`.
+    :param kwargs: See :class:`~sb3_dppo.actor_critic.DiffusionActorCriticPolicy`.
+    """
 
     _default_net_arch: ClassVar[dict[str, list[int]]] = dict(pi=[64, 128], vf=[256, 256, 256])
 
+    def __init__(self, *args: Any, net: str = "diffusers", net_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if net not in ("diffusers", "film"):
+            raise ValueError(f"net={net!r} is unknown: choose 'diffusers' or 'film'.")
+        if net == "film":
+            kwargs = {"activation_fn": "mish", **kwargs}
+        self._net_parameters: dict[str, Any] = dict(net=net, net_kwargs=net_kwargs)
+        super().__init__(*args, **kwargs)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return super()._get_constructor_parameters() | self._net_parameters
+
     def _make_denoiser(self) -> Denoiser:
-        return UnetDenoiser(self.action_dim, self.horizon, self.features_dim, self._widths(), activation_fn=self.activation_fn)
+        sizes, net_kwargs = (self.action_dim, self.horizon, self.features_dim), self._net_parameters["net_kwargs"] or {}
+        if self._net_parameters["net"] == "diffusers":
+            check_names("net='diffusers'", net_kwargs, ())
+            return UnetDenoiser(*sizes, self._widths(), activation_fn=self.activation_fn)
+        check_names("net='film'", net_kwargs, FILM_SETTINGS)
+        arguments = self._constructor_parameters
+        return FilmUnetDenoiser(
+            *sizes,
+            arguments["denoising_steps"],
+            self._widths(foreign=("layer_norm", "film")),
+            time_dim=arguments["time_dim"],
+            activation_fn=self.activation_fn,
+            obs_encoder_arch=arguments["obs_encoder_arch"],
+            **net_kwargs,
+        )
 
 
 class DiffusionTransformerPolicy(_SequencePolicy):

@@ -162,8 +162,12 @@ def sinusoids_of(timesteps: th.Tensor, size: int) -> th.Tensor:
     return get_timestep_embedding(timesteps, size, downscale_freq_shift=1)
 
 
-def _look_up(sinusoids: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
-    """Those of whole timesteps are in the table; a flow has others."""
+def look_up(sinusoids: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+    """
+    :param sinusoids: Table of those of all whole timesteps, shape (K, size).
+    :param timesteps: Timesteps, shape (T,); those of a flow are not in the table.
+    :return: Those of these timesteps, shape (T, size).
+    """
     if timesteps.is_floating_point():
         return sinusoids_of(timesteps, sinusoids.shape[1])
     return sinusoids[timesteps]
@@ -293,7 +297,7 @@ class MlpDenoiser(Denoiser):
         return self.obs_encoder(features)
 
     def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
-        return self.time_mlp(_look_up(self.sinusoids, timesteps))
+        return self.time_mlp(look_up(self.sinusoids, timesteps))
 
     def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
         inputs = th.cat([sample.flatten(1), time_embedding.expand(len(sample), -1), condition], dim=1)
@@ -307,6 +311,25 @@ class MlpDenoiser(Denoiser):
                 hidden = th.addcmul(hidden + next(shifts), hidden, next(scales))
             hidden = layer(hidden)
         return hidden.view_as(sample)
+
+
+def check_unet(horizon: int, net_arch: Sequence[int], n_groups: int) -> None:
+    """
+    :param horizon: Tp.
+    :param net_arch: Channels of each level.
+    :param n_groups: Groups of channels that are normalised together.
+    :raises ValueError: for a horizon that can't be halved that often, or channels that can't be grouped.
+    """
+    halvings = len(net_arch) - 1
+    if horizon % 2**halvings != 0:
+        raise ValueError(
+            f"horizon={horizon} can't be halved {halvings} times, once between two levels of net_arch={list(net_arch)}: "
+            f"use a multiple of {2**halvings}, fewer levels, or DiffusionMlpPolicy."
+        )
+    if any(channels % n_groups for channels in net_arch):
+        raise ValueError(
+            f"net_arch={list(net_arch)}: the UNet's channels must be multiples of {n_groups}, its normalisation groups."
+        )
 
 
 class UnetDenoiser(Denoiser):
@@ -333,16 +356,7 @@ class UnetDenoiser(Denoiser):
         super().__init__()
         from diffusers import UNet1DModel
 
-        halvings = len(net_arch) - 1
-        if horizon % 2**halvings != 0:
-            raise ValueError(
-                f"horizon={horizon} can't be halved {halvings} times, once between two levels of net_arch={list(net_arch)}: "
-                f"use a multiple of {2**halvings}, fewer levels, or DiffusionMlpPolicy."
-            )
-        if any(channels % 8 for channels in net_arch):
-            raise ValueError(
-                f"net_arch={list(net_arch)}: the UNet's channels must be multiples of 8, its normalisation groups."
-            )
+        check_unet(horizon, net_arch, n_groups=8)
         unet: Any = UNet1DModel(
             sample_size=horizon,
             in_channels=action_dim,
@@ -352,7 +366,7 @@ class UnetDenoiser(Denoiser):
             freq_shift=1.0,
             flip_sin_to_cos=False,
             down_block_types=("DownResnetBlock1D",) * len(net_arch),
-            up_block_types=("UpResnetBlock1D",) * halvings,
+            up_block_types=("UpResnetBlock1D",) * (len(net_arch) - 1),
             mid_block_type="MidResTemporalBlock1D",
             out_block_type="OutConv1DBlock",
             block_out_channels=tuple(net_arch),
@@ -416,7 +430,7 @@ class TransformerDenoiser(Denoiser):
         return self.obs_encoder(features)
 
     def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
-        return self.time_mlp(_look_up(self.sinusoids, timesteps))
+        return self.time_mlp(look_up(self.sinusoids, timesteps))
 
     def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
         memory = th.stack([time_embedding.expand(len(sample), -1), condition], dim=1)

@@ -3,7 +3,7 @@
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import GymEnv
 from torch import nn
 
+from sb3_dppo.diffusion.film_unet import FilmBlock, FilmUnetDenoiser
 from sb3_dppo.dppo import DPPO
+from sb3_dppo.importers.film_unet import Tensors, infer_film_unet, is_film_unet, rename_film_unet
 from sb3_dppo.policies import PAPER_POLICY_KWARGS
-
-Tensors = dict[str, th.Tensor]
 
 
 def import_reference_checkpoint(
@@ -29,9 +29,9 @@ def import_reference_checkpoint(
     **dppo_kwargs: Any,
 ) -> DPPO:
     """
-    Make a model from a checkpoint of the reference implementation, pre-trained or fine-tuned, with an MLP denoiser.
+    Make a model from a checkpoint of the reference implementation, pre-trained or fine-tuned, with an MLP or a UNet denoiser.
 
-    Widths, residual or plain layers, LayerNorm and the observation encoder are read off the tensors.
+    Widths, residual or plain layers, LayerNorm, observation encoders and the kind of a UNet's blocks are read off the tensors.
 
     :param checkpoint: Path of the file, which is read without unpickling objects, or a mapping of tensors under its names:
         ``network.…`` of a pre-trained one (of ``model`` and ``ema`` the latter is taken), ``actor.…`` (frozen),
@@ -39,7 +39,8 @@ def import_reference_checkpoint(
     :param env_or_spaces: The env, or its observation space and action space. Of an observation history, the space of
         all frames side by side, newest last, as ``VecFrameStack`` gives it.
     :param policy_kwargs: What tensors don't tell: ``denoising_steps``, ``horizon``, ``activation_fn``,
-        ``critic_activation_fn``, ``prediction_type`` and the clamps. Otherwise the paper's for Gym tasks.
+        ``critic_activation_fn``, ``prediction_type``, the clamps and, of a UNet, ``net_kwargs=dict(n_groups=…, norm_eps=…)``.
+        Otherwise the paper's for Gym tasks, and Mish in a UNet.
     :param normalization: Path of the .npz with ``obs_min``, ``obs_max``, ``action_min`` and ``action_max`` of one frame.
         ``None``: observations are taken as they are, actions scaled to the action space's bounds.
     :param dppo_kwargs: Arguments of :class:`~sb3_dppo.DPPO`, such as ``ft_denoising_steps`` and ``scheduler``. The floors of
@@ -52,9 +53,9 @@ def import_reference_checkpoint(
     fine_tuned = _select(tensors, "actor_ft.") or base
     base = base or fine_tuned
     critic = _select(tensors, "critic.Q1.")
-    if not any(name.startswith("mlp_mean.") for name in fine_tuned):
-        kind = "a UNet's" if any("down_modules" in name for name in fine_tuned) else "not one of a diffusion MLP"
-        raise ValueError(f"checkpoint is {kind}: only checkpoints with an MLP denoiser (mlp_mean) can be imported.")
+    is_unet = is_film_unet(fine_tuned)
+    if not is_unet and not any(name.startswith("mlp_mean.") for name in fine_tuned):
+        raise ValueError("checkpoint is not one of a diffusion policy with an MLP (mlp_mean) or a UNet (down_modules).")
 
     if _select(tensors, "actor.") and _select(tensors, "actor_ft.") and dppo_kwargs.get("ft_denoising_steps") is None:
         warnings.warn(
@@ -62,23 +63,28 @@ def import_reference_checkpoint(
             "also those that its frozen one ran. Pass the ft_denoising_steps that it was fine-tuned with.",
             stacklevel=2,
         )
-    inferred = _infer_architecture(fine_tuned, critic)
-    _check_sizes(inferred, tensors)
+    inferred, n_weights = _infer_unet(fine_tuned) if is_unet else _infer_mlp(fine_tuned)
+    n_weights += _infer_critic(critic, inferred)
+    _check_sizes(n_weights, inferred, tensors)
+    rename = _rename_unet if is_unet else _rename_denoiser
     given_net_arch = dict(policy_kwargs.get("net_arch") or {})
     for part, widths in inferred["net_arch"].items():
         if part in given_net_arch and list(given_net_arch[part]) != widths:
             raise ValueError(f"policy_kwargs['net_arch'][{part!r}] contradicts the checkpoint, which has {widths}.")
     inferred["net_arch"] = {**PAPER_POLICY_KWARGS["net_arch"], **given_net_arch, **inferred["net_arch"]}
+    if is_unet:
+        inferred["net_kwargs"] = {**(policy_kwargs.get("net_kwargs") or {}), **inferred["net_kwargs"]}
     for name, value in inferred.items():
-        if name != "net_arch" and name in policy_kwargs and policy_kwargs[name] != value:
+        if name not in ("net_arch", "net_kwargs") and name in policy_kwargs and policy_kwargs[name] != value:
             raise ValueError(f"policy_kwargs[{name!r}]={policy_kwargs[name]} contradicts the checkpoint, which has {value}.")
     policy_kwargs = {**PAPER_POLICY_KWARGS, **policy_kwargs, **inferred}
-    model = _make_model(env_or_spaces, policy_kwargs, dict(min_sampling_std=0.1, min_logprob_std=0.1) | dppo_kwargs)
+    dppo_kwargs = dict(min_sampling_std=0.1, min_logprob_std=0.1) | dppo_kwargs
+    model = _make_model("DiffusionUnetPolicy" if is_unet else "DiffusionMlpPolicy", env_or_spaces, policy_kwargs, dppo_kwargs)
     model.pretrained_on_demonstrations = True
     policy = model.policy
     try:
-        policy.denoiser.load_state_dict(_rename_denoiser(fine_tuned))
-        policy.base_denoiser.load_state_dict(_rename_denoiser(base))
+        policy.denoiser.load_state_dict(rename(fine_tuned))
+        policy.base_denoiser.load_state_dict(rename(base))
         if critic:
             policy.critic.load_state_dict(_rename_mlp(critic))
     except RuntimeError as error:
@@ -130,45 +136,65 @@ def _check_archive(path: Path) -> None:
         raise ValueError("checkpoint can't be read as a PyTorch file of tensors: it holds more than its size allows.")
 
 
-def _check_sizes(inferred: dict[str, Any], tensors: Tensors) -> None:
+def _check_sizes(n_weights: int, inferred: dict[str, Any], tensors: Tensors) -> None:
     """
     Widths are read off the rows of matrices: a small file could ask for a huge model, whose matrices it does not hold.
 
+    :param n_weights: At least how many weights such a model has.
     :param inferred: What was read off the tensors.
     :param tensors: All tensors of the checkpoint.
     :raises ValueError: if they can't be the weights of such a model.
     """
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors.values()}
-    time_dim = inferred.get("time_dim", 1)
-    networks = [
-        (time_dim, 2 * time_dim, time_dim, *inferred["net_arch"]["pi"]),
-        inferred.get("obs_encoder_arch", []),
-        inferred["net_arch"].get("vf", []),
-    ]
-    if sum(rows * columns for widths in networks for rows, columns in pairwise(widths)) > sum(storages.values()):
+    if n_weights > sum(storages.values()):
         raise ValueError(f"checkpoint does not hold the matrices between its layers of {inferred['net_arch']}.")
+
+
+def _count_matrices(widths: Sequence[int]) -> int:
+    """Weights between layers of these widths."""
+    return sum(rows * columns for rows, columns in pairwise(widths))
 
 
 def _select(tensors: Tensors, prefix: str) -> Tensors:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _infer_architecture(denoiser: Tensors, critic: Tensors) -> dict[str, Any]:
-    """The ``policy_kwargs`` that tensors tell."""
+def _infer_mlp(denoiser: Tensors) -> tuple[dict[str, Any], int]:
+    """The ``policy_kwargs`` that the tensors of an MLP denoiser tell, and at least how many weights it has."""
     mlp = _select(denoiser, "mlp_mean.")
-    encoder = _select(denoiser, "cond_mlp.")
     inferred: dict[str, Any] = dict(
         net_arch=dict(pi=_widths(mlp)[:-1]), residual=_is_residual(mlp), layer_norm=_has_layer_norm(mlp)
     )
+    time_dim = 1
     if "time_embedding.3.bias" in denoiser:
-        inferred["time_dim"] = denoiser["time_embedding.3.bias"].numel()
-    if encoder:
-        inferred["obs_encoder_arch"] = _widths(encoder)
-    if critic:
-        inferred["net_arch"]["vf"] = _widths(critic)[:-1]
-        inferred["critic_residual"] = _is_residual(critic)
-        inferred["critic_layer_norm"] = _has_layer_norm(critic)
-    return inferred
+        time_dim = inferred["time_dim"] = denoiser["time_embedding.3.bias"].numel()
+    n_encoder_weights = _infer_encoder(denoiser, inferred)
+    return inferred, _count_matrices([time_dim, 2 * time_dim, time_dim, *inferred["net_arch"]["pi"]]) + n_encoder_weights
+
+
+def _infer_unet(denoiser: Tensors) -> tuple[dict[str, Any], int]:
+    """The same of a UNet denoiser."""
+    inferred, n_weights = infer_film_unet(rename_film_unet(denoiser))
+    return inferred, n_weights + _infer_encoder(denoiser, inferred)
+
+
+def _infer_encoder(denoiser: Tensors, inferred: dict[str, Any]) -> int:
+    """Note the widths of the observation's encoder, if there is one, and return at least how many weights it has."""
+    encoder = _select(denoiser, "cond_mlp.")
+    if not encoder:
+        return 0
+    inferred["obs_encoder_arch"] = _widths(encoder)
+    return _count_matrices(inferred["obs_encoder_arch"])
+
+
+def _infer_critic(critic: Tensors, inferred: dict[str, Any]) -> int:
+    """Note what the critic's tensors tell, if there are any, and return at least how many weights it has."""
+    if not critic:
+        return 0
+    inferred["net_arch"]["vf"] = _widths(critic)[:-1]
+    inferred["critic_residual"] = _is_residual(critic)
+    inferred["critic_layer_norm"] = _has_layer_norm(critic)
+    return _count_matrices(inferred["net_arch"]["vf"])
 
 
 def _is_residual(mlp: Tensors) -> bool:
@@ -212,11 +238,18 @@ def _rename_denoiser(denoiser: Tensors) -> Tensors:
     return renamed
 
 
-def _make_model(env_or_spaces: Any, policy_kwargs: dict[str, Any], dppo_kwargs: dict[str, Any]) -> DPPO:
+def _rename_unet(denoiser: Tensors) -> Tensors:
+    """The same under the names of :class:`~sb3_dppo.diffusion.film_unet.FilmUnetDenoiser`."""
+    encoder = {f"obs_encoder.{name}": value for name, value in _rename_mlp(_select(denoiser, "cond_mlp.")).items()}
+    unet = {name: value for name, value in denoiser.items() if not name.startswith("cond_mlp.")}
+    return rename_film_unet(unet) | encoder
+
+
+def _make_model(policy: str, env_or_spaces: Any, policy_kwargs: dict[str, Any], dppo_kwargs: dict[str, Any]) -> DPPO:
     if not isinstance(env_or_spaces, tuple):
-        return DPPO("DiffusionMlpPolicy", env_or_spaces, policy_kwargs=policy_kwargs, **dppo_kwargs)
+        return DPPO(policy, env_or_spaces, policy_kwargs=policy_kwargs, **dppo_kwargs)
     model = DPPO(
-        "DiffusionMlpPolicy",
+        policy,
         None,  # type: ignore[arg-type]
         policy_kwargs=policy_kwargs,
         _init_setup_model=False,
@@ -253,14 +286,23 @@ def _set_normalization(model: DPPO, path: Path, has_critic: bool) -> None:
         ranges["action_min"],
         ranges["action_max"],  # type: ignore[arg-type]
     )
-    # The reference maps a dimension without range to -1 and not to 0: what follows from that goes into the first layer's bias.
+    # The reference maps a dimension without range to -1 and not to 0: what follows from that goes into the biases of layers
+    # that see it.
     constant = th.as_tensor(obs_min == obs_max, device=model.device)
-    first_layers: list[Any] = [
-        denoiser.obs_encoder[0] if isinstance(denoiser.obs_encoder, nn.Sequential) else denoiser.mlp[0]  # type: ignore[index]
-        for denoiser in (policy.denoiser, policy.base_denoiser)
-    ]
+    layers = [pair for denoiser in (policy.denoiser, policy.base_denoiser) for pair in _layers_of_observations(denoiser)]
     if has_critic:
-        first_layers.append(policy.critic[0])  # type: ignore[index]
+        layers.append((nn.Identity(), policy.critic[0]))  # type: ignore[index]
     with th.no_grad():
-        for layer in first_layers:
-            layer.bias -= layer.weight[:, -width:][:, constant].sum(dim=1)
+        for activation, layer in layers:
+            difference = activation(th.tensor(-1.0)) - activation(th.tensor(0.0))
+            layer.bias += difference * layer.weight[:, -width:][:, constant].sum(dim=1)
+
+
+def _layers_of_observations(denoiser: Any) -> list[tuple[Any, Any]]:
+    """The linear layers whose last inputs are the observation, after an activation."""
+    if isinstance(denoiser.obs_encoder, nn.Sequential):
+        return [(nn.Identity(), denoiser.obs_encoder[0])]
+    if isinstance(denoiser, FilmUnetDenoiser):
+        encoders = [module.encoder for module in denoiser.modules() if isinstance(module, FilmBlock)]
+        return [(nn.Identity(), e[0]) if isinstance(e[0], nn.Linear) else (e[0], e[1]) for e in encoders]
+    return [(nn.Identity(), denoiser.mlp[0])]
