@@ -2,9 +2,11 @@
 
 import io
 import pickle
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 
 from sb3_dppo import import_reference_checkpoint
 from tests.damage import EDITS, Target, Trap, edit_bytes, edit_zip, fuzz
+
+DATA = Path(__file__).parents[1] / "data"
 
 
 class Reference(Target):
@@ -37,7 +41,7 @@ class Reference(Target):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         written = io.BytesIO()
-        th.save({"ema": reference_weights()}, written)
+        th.save({"ema": self.weights()}, written)
         self.data = written.getvalue()
 
     def write(self, edits: Any) -> None:
@@ -47,7 +51,7 @@ class Reference(Target):
         elif edits[0] == "member":
             path.write_bytes(edit_zip(self.data, edits[1], lambda content: edit_bytes(content, edits[2])))
         else:
-            tensors: dict[Any, Any] = reference_weights()
+            tensors: dict[Any, Any] = self.weights()
             for where, kind, shape, dtype in edits[1]:
                 if tensors:
                     name = list(tensors)[int(where * len(tensors))]
@@ -68,6 +72,26 @@ class Reference(Target):
         env_spaces = (spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (2,)))
         return import_reference_checkpoint(self.folder / "state.pt", env_spaces, policy_kwargs=dict(horizon=2), device="cpu")
 
+    def weights(self) -> dict[str, th.Tensor]:
+        return reference_weights()
+
+
+class ReferenceUnet(Reference):
+    """The same of a UNet for eleven observations and three actions, eight steps ahead."""
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        with np.load(DATA / "unet_small_encoder_bias.npz") as archive:
+            return {name: archive[name] for name in archive.files if name.startswith("weights/")}
+
+    def weights(self) -> dict[str, th.Tensor]:
+        return {name.replace("weights/", "network."): th.as_tensor(value) for name, value in self.arrays.items()}
+
+    def read(self) -> Any:
+        env_spaces = (spaces.Box(-1, 1, (11,)), spaces.Box(-1, 1, (3,)))
+        kwargs: dict[str, Any] = dict(horizon=8, net_kwargs=dict(n_groups=4))
+        return import_reference_checkpoint(self.folder / "state.pt", env_spaces, policy_kwargs=kwargs, device="cpu")
+
 
 def reference_weights() -> dict[str, th.Tensor]:
     """A small pre-trained denoiser under the reference's names: three observations, two actions, two steps ahead."""
@@ -83,14 +107,16 @@ def reference_weights() -> dict[str, th.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_some_damaged_files(tmp_path: Path) -> None:
-    fuzz(Reference(tmp_path), 60, derandomize=True)
+@pytest.mark.parametrize("target", [Reference, ReferenceUnet])
+def test_some_damaged_files(target: type[Reference], tmp_path: Path) -> None:
+    fuzz(target(tmp_path), 60, derandomize=True)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_many_damaged_files(tmp_path: Path) -> None:
-    fuzz(Reference(tmp_path), 3000, derandomize=False)
+@pytest.mark.parametrize("target", [Reference, ReferenceUnet])
+def test_many_damaged_files(target: type[Reference], tmp_path: Path) -> None:
+    fuzz(target(tmp_path), 3000, derandomize=False)
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
