@@ -55,6 +55,8 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         otherwise.
     :param beta_schedule: diffusers' name of the noise schedule.
     :param horizon: Tp, the actions predicted at once. (4 is the default of ``DiffusionUnetPolicy``.)
+    :param first_action: Number of the first action in a chunk that is executed: where a chunk begins at the first of several
+        observations, as in Chi et al. (2023), their number less one.
     :param prediction_type: What the denoiser predicts: "epsilon" (the noise), "sample" (the clean chunk) or "v_prediction";
         "flow", the velocity of a straight path between noise and chunk, trained by flow matching, for chains of few steps;
         "mean", that of a Gaussian policy, which has no noisy chunk to look at and one step: its BC is least squares.
@@ -106,6 +108,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         denoising_steps: int = 2,
         beta_schedule: str = "squaredcos_cap_v2",
         horizon: int = 1,
+        first_action: int = 0,
         prediction_type: str = "sample",
         clip_sample_range: float | None = 1.0,
         clip_noise_pred: float | None = None,
@@ -150,6 +153,8 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         self._constructor_parameters = {name: value for name, value in locals().items() if name in SETTINGS}
         if horizon < 1:
             raise ValueError(f"horizon={horizon} must be at least 1.")
+        if not 0 <= first_action < horizon:
+            raise ValueError(f"first_action={first_action} must be at least 0 and below horizon={horizon}.")
         self.horizon = horizon
         self.action_dim = get_action_dim(action_space)
         self._initial_config = SamplerConfig(**sampler)
@@ -209,7 +214,8 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         box: Any = self.action_space
         self.normalizer = Normalizer(self.observation_space, box, self.normalize_images)
         self.process = self._make_process(self._initial_config)
-        self.sampler = DiffusionSampler(self._initial_config, self, (self.horizon, self.action_dim))
+        chunk_shape, first_action = (self.horizon, self.action_dim), arguments["first_action"]
+        self.sampler = DiffusionSampler(self._initial_config, self, chunk_shape, first_action)
         self.make_optimizers(lr_schedule(1))
         self.seed(int(th.randint(2**31, (), device="cpu")))
 

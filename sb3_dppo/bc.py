@@ -80,7 +80,10 @@ class BC:
         self.n_stack, self.axes = match_observations(demonstrations, model.observation_space, n_stack)
         check_actions(demonstrations, model.action_space)  # type: ignore[arg-type]
         self._check_env_id()
-        self.first = demonstrations.chunk_starts(model.policy.horizon)
+        self.first_action = model.policy.sampler.first_action
+        self.episode_starts = np.repeat(demonstrations.starts, demonstrations.traj_lengths)
+        # The transition at which each chunk's first executed action is.
+        self.first = demonstrations.chunk_starts(model.policy.horizon - self.first_action)
 
     def _check_env_id(self) -> None:
         env_id, env = self.demonstrations.env_id, self.model.get_env()
@@ -140,7 +143,7 @@ class BC:
         if n_epochs < 1:
             raise ValueError(f"n_epochs={n_epochs} must be at least 1.")
         self._set_normalization()
-        policy, steps_ahead = self.model.policy, np.arange(self.model.policy.horizon)
+        policy, steps_ahead = self.model.policy, np.arange(self.model.policy.horizon) - self.first_action
         actions = th.as_tensor(self.demonstrations.actions, dtype=th.float, device=policy.device)
         actions = policy.normalizer.normalize_actions(actions)
         n_batches = max(1, round(len(self.first) / self.batch_size))
@@ -156,8 +159,10 @@ class BC:
                 losses = []
                 for batch in th.randperm(len(self.first)).tensor_split(n_batches):
                     index = self.first[batch.numpy()]
-                    # A chunk of actions is put together when it is used: all of them would be Tp times the actions.
-                    loss = policy.bc_loss(self._observations(index), actions[index[:, None] + steps_ahead])
+                    # A chunk of actions is put together when it is used: all of them would be Tp times the actions. Before an
+                    # episode's first action there are copies of it, as there are of its first observation.
+                    rows = np.maximum(index[:, None] + steps_ahead, self.episode_starts[index][:, None])
+                    loss = policy.bc_loss(self._observations(index), actions[rows])
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()

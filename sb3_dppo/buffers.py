@@ -87,6 +87,7 @@ class DenoisingRolloutBuffer(RolloutBuffer):
     :param action_space: Action space.
     :param horizon: Tp, actions in a chunk.
     :param act_steps: Ta, actions that are executed of it.
+    :param first_action: Number of the first of them in the chunk.
     :param ft_denoising_steps: K', the denoising steps that are kept.
     :param args: Those of SB3's ``RolloutBuffer``: ``device``, where tensors are kept, ``gae_lambda``, per decision, ``gamma``,
         of a decision of ``act_steps`` env steps, and ``n_envs``.
@@ -104,9 +105,11 @@ class DenoisingRolloutBuffer(RolloutBuffer):
         act_steps: int,
         ft_denoising_steps: int,
         *args: Any,
+        first_action: int = 0,
         **kwargs: Any,
     ) -> None:
         self.horizon = horizon
+        self.first_action = first_action
         self.act_steps = act_steps
         self.ft_denoising_steps = ft_denoising_steps
         super().__init__(buffer_size, observation_space, action_space, *args, **kwargs)
@@ -276,7 +279,7 @@ class DenoisingRolloutBuffer(RolloutBuffer):
             denoising_index=denoising_index,
             chain_prev=self.chains[decision_index, denoising_index],
             chain_next=self.chains[decision_index, denoising_index + 1],
-            old_log_prob=mean_log_prob(old_log_prob, self.executed[decision_index]),
+            old_log_prob=mean_log_prob(old_log_prob, self.executed[decision_index], self.first_action),
             value_index=value_index,
         )
 

@@ -94,7 +94,7 @@ class ChunkPolicy(ActorCriticPolicy):
         return self._generator
 
     def plan(self, obs: PyTorchObs, deterministic: bool = False) -> np.ndarray:
-        """Chunks for acting, from the policy's own generator: actions of the env, shape (B, Tp, *action_space.shape)."""
+        """Chunks for acting, from the policy's own generator; see :meth:`executable`."""
         kind = self.sampler.config.deterministic_noise
         if not deterministic or kind == "random":
             noise = self.sampler.draw_noise(batch_size_of(obs), self.generator)
@@ -103,7 +103,14 @@ class ChunkPolicy(ActorCriticPolicy):
             noise = th.zeros(shape, device=self.device)
             if kind == "observation":
                 noise = th.as_tensor(noise_of_observations(obs, shape), device=self.device)
-        return self.normalizer.unnormalize_actions(self.sample_chain(obs, deterministic, noise).actions)
+        return self.executable(self.sample_chain(obs, deterministic, noise).actions)
+
+    def executable(self, actions: th.Tensor) -> np.ndarray:
+        """
+        :param actions: Normalised chunks, shape (B, Tp, Da).
+        :return: Their actions from ``first_action`` on, in the env's units, shape (B, Tp - first_action, *action_space.shape).
+        """
+        return self.normalizer.unnormalize_actions(actions[:, self.sampler.first_action :])
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return th.as_tensor(self.plan(observation, deterministic)[:, 0], device=self.device)

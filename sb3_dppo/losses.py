@@ -64,7 +64,7 @@ def actor_loss(
     eta = sampler.eta(features)
     mean = sampler.step_mean(policy.denoiser, features, samples.chain_prev, index, eta)
     std = sampler.step_std(features, index, eta)
-    log_prob = mean_log_prob(gaussian_log_prob(samples.chain_next, mean, std), n_executed)
+    log_prob = mean_log_prob(gaussian_log_prob(samples.chain_next, mean, std), n_executed, sampler.first_action)
     log_ratio = log_prob - samples.old_log_prob
     ratio = log_ratio.exp()
 
@@ -82,7 +82,7 @@ def actor_loss(
         # Of Gaussians with equal std. Of the base policy's mean, only η has a gradient.
         base_mean = sampler.step_mean(policy.base_denoiser, base_features, samples.chain_prev, index, eta)
         divergence = 0.5 * ((mean - base_mean) / std) ** 2
-        base_kl = mean_over_executed(divergence, n_executed).sum() / n_pairs
+        base_kl = mean_over_executed(divergence, n_executed, sampler.first_action).sum() / n_pairs
         loss = loss + settings.kl_coef * base_kl
 
     with th.no_grad():

@@ -61,6 +61,7 @@ class DecisionRollouts(ResumableAlgorithm):
             horizon=self.policy.horizon,
             act_steps=self.policy.sampler.act_steps,
             ft_denoising_steps=self.policy.sampler.ft_denoising_steps,
+            first_action=self.policy.sampler.first_action,
             device=self.device,
             gamma=self.gamma,
             gae_lambda=self.gae_lambda,
@@ -176,13 +177,13 @@ class DecisionRollouts(ResumableAlgorithm):
 
     def _plan(self, obs: PyTorchObs, env_index: np.ndarray) -> tuple[np.ndarray, th.Tensor, th.Tensor]:
         """
-        Decide in B of the envs, which observe ``obs``, and keep it. Gives chunks, (B, Tp, *action_space.shape),
-        values of the observations, (B, 1), and log-probabilities averaged over the chains, (B,).
+        Decide in B of the envs, which observe ``obs``, and keep it. Gives what can be executed of the chunks, (B, at most Tp,
+        *action_space.shape), values of the observations, (B, 1), and log-probabilities averaged over the chains, (B,).
         """
         with th.no_grad():
             features = self.policy.shared_features(obs)
         sampled = self.policy.sample_chain(obs, features=features)
-        chunks = self.policy.normalizer.unnormalize_actions(sampled.actions)
+        chunks = self.policy.executable(sampled.actions)
         # After the actions have left a GPU, so that it works while the envs step.
         with th.no_grad():
             values = self.policy.predict_values(obs, features)

@@ -32,8 +32,8 @@ class SamplerConfig:
     """
     The sampler's settings: what may be chosen anew whenever a trained policy is loaded.
 
-    :param act_steps: Ta, the actions of a chunk that are executed before planning again. ``None`` means the policy's
-        ``horizon``.
+    :param act_steps: Ta, the actions of a chunk that are executed before planning again. ``None``: all from the policy's
+        ``first_action`` on.
     :param scheduler: "ddpm", "ddim" or another diffusers scheduler whose steps are Gaussian with a mean that is affine in the
         sample and the denoiser's output: itself, its name, or its configuration (a mapping with ``_class_name``)
     :param inference_steps: S, denoising steps that are run: ``None`` for all, for DDIM a divisor of ``denoising_steps``, for
@@ -127,16 +127,16 @@ class SamplerConfig:
         """Whether something about the noise is learned by a network."""
         return self.learn_eta is not None or self.learn_std is not None
 
-    def check(self, process: Process, horizon: int) -> None:
+    def check(self, process: Process, horizon: int, first_action: int = 0) -> None:
         """
         :param process: The denoising process that these settings make of the trained model's.
         :param horizon: Tp, actions in a chunk.
+        :param first_action: Number of the first action in a chunk that can be executed.
         :raises ValueError: naming the setting that does not fit them.
         """
-        if self.act_steps is not None and not 1 <= self.act_steps <= horizon:
-            raise ValueError(
-                f"act_steps={self.act_steps} must be between 1 and horizon={horizon}: a chunk has no more actions."
-            )
+        if self.act_steps is not None and not 1 <= self.act_steps <= horizon - first_action:
+            most = f"horizon={horizon}" + (f" less first_action={first_action}" if first_action else "")
+            raise ValueError(f"act_steps={self.act_steps} must be between 1 and {most}: a chunk has no more actions.")
         if self.ft_denoising_steps is not None and not 1 <= self.ft_denoising_steps <= process.inference_steps:
             raise ValueError(
                 f"ft_denoising_steps={self.ft_denoising_steps} must be between 1 and the {process.inference_steps} steps that "
@@ -156,12 +156,14 @@ class DiffusionSampler:
         ``noise_network`` for a learned η or std (:class:`~sb3_dppo.diffusion.noise.NoiseNetwork`), and ``log_std``, the log of
         a learned floor of the std, shape (Da,).
     :param chunk_shape: (Tp, Da).
+    :param first_action: Number of the first action in a chunk that is executed.
     :raises ValueError: naming the setting that does not fit the model.
     """
 
-    def __init__(self, config: SamplerConfig, networks: Any, chunk_shape: tuple[int, int]) -> None:
+    def __init__(self, config: SamplerConfig, networks: Any, chunk_shape: tuple[int, int], first_action: int = 0) -> None:
         self.networks = networks
         self.chunk_shape = chunk_shape
+        self.first_action = first_action
         self.compiled_denoise = Compiled(self._denoise)
         self.denoise_graphs = CudaGraphs(self._denoise)
         self.config = config
@@ -173,7 +175,7 @@ class DiffusionSampler:
 
     @config.setter
     def config(self, config: SamplerConfig) -> None:
-        config.check(self.process, self.chunk_shape[0])
+        config.check(self.process, self.chunk_shape[0], self.first_action)
         self._config = config
         self.forget()
 
@@ -206,7 +208,7 @@ class DiffusionSampler:
     @property
     def act_steps(self) -> int:
         """Ta, the actions of a chunk that are executed."""
-        return self.chunk_shape[0] if self.config.act_steps is None else self.config.act_steps
+        return self.chunk_shape[0] - self.first_action if self.config.act_steps is None else self.config.act_steps
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A context in which the networks' products have the configured precision. Distributions stay in float32."""
@@ -449,23 +451,25 @@ class DiffusionSampler:
         return eta * sigma if self.process.is_ddim else sigma
 
 
-def mean_over_executed(values: th.Tensor, n_executed: th.Tensor) -> th.Tensor:
+def mean_over_executed(values: th.Tensor, n_executed: th.Tensor, first_action: int = 0) -> th.Tensor:
     """
     :param values: One value per element of a chunk, shape (N, Tp, Da).
     :param n_executed: How many actions of each chunk were executed, shape (N,).
+    :param first_action: Number of the first of them in the chunk.
     :return: Means over the executed actions and the action dimensions, shape (N,).
     """
-    per_action = values.mean(dim=-1)
+    per_action = values.mean(dim=-1)[:, first_action:]
     executed = th.arange(per_action.shape[-1], device=per_action.device) < n_executed[:, None]
     return (per_action * executed).sum(dim=-1) / n_executed
 
 
-def mean_log_prob(log_prob: th.Tensor, n_executed: th.Tensor) -> th.Tensor:
+def mean_log_prob(log_prob: th.Tensor, n_executed: th.Tensor, first_action: int = 0) -> th.Tensor:
     """
-    Clamp elementwise log-densities and average them over the executed actions of each chunk.
+    Clamp elementwise log-densities and average them over the executed actions of each chunk; see :func:`mean_over_executed`.
 
     :param log_prob: Shape (N, Tp, Da).
     :param n_executed: Shape (N,).
+    :param first_action: See there.
     :return: Shape (N,).
     """
-    return mean_over_executed(log_prob.clamp(*LOG_PROB_RANGE), n_executed)
+    return mean_over_executed(log_prob.clamp(*LOG_PROB_RANGE), n_executed, first_action)
