@@ -66,12 +66,21 @@ class Normalizer(nn.Module):
             for value in (obs_min, np.subtract(obs_max, obs_min), action_min, np.subtract(action_max, action_min))
         )
         obs_half, action_half = (obs_range + EPS) / 2, (action_range + EPS) / 2
-        self.obs_center.copy_(obs_low + obs_half)
-        self.obs_scale.copy_(th.where(obs_range > 0, 1 / obs_half, 0.0))
+        self.set_affine(
+            obs_low + obs_half,
+            th.where(obs_range > 0, 1 / obs_half, 0.0),
+            th.where(action_range > 0, action_low + action_half, action_low),
+            action_half,
+        )
+
+    def set_affine(self, obs_center: Any, obs_scale: Any, action_center: Any, action_scale: Any) -> None:
+        """Map observations to (x - center) · scale, and actions to (a - center) / scale; shapes as of :meth:`set_ranges`."""
+        self.obs_center.copy_(th.as_tensor(obs_center))
+        self.obs_scale.copy_(th.as_tensor(obs_scale))
         self.obs_count.zero_()
         self.is_running = False
-        self.action_center.copy_(th.where(action_range > 0, action_low + action_half, action_low))
-        self.action_scale.copy_(action_half)
+        self.action_center.copy_(th.as_tensor(action_center))
+        self.action_scale.copy_(th.as_tensor(action_scale))
 
     def update(self, obs: PyTorchObs) -> None:
         """

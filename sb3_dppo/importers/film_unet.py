@@ -3,9 +3,7 @@
 import re
 from typing import Any
 
-import torch as th
-
-Tensors = dict[str, th.Tensor]
+from sb3_dppo.importers.core import Tensors
 
 # From their names to ours, one after the other: the authors' of DPPO and LeRobot's.
 RENAMINGS = (

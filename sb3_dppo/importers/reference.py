@@ -16,8 +16,8 @@ from torch import nn
 
 from sb3_dppo.diffusion.film_unet import FilmBlock, FilmUnetDenoiser
 from sb3_dppo.dppo import DPPO
-from sb3_dppo.importers.film_unet import Tensors, infer_film_unet, is_film_unet, rename_film_unet
-from sb3_dppo.policies import PAPER_POLICY_KWARGS
+from sb3_dppo.importers.core import Tensors, check_sizes, make_pretrained_model, merged_policy_kwargs
+from sb3_dppo.importers.film_unet import infer_film_unet, is_film_unet, rename_film_unet
 
 
 def import_reference_checkpoint(
@@ -65,33 +65,17 @@ def import_reference_checkpoint(
         )
     inferred, n_weights = _infer_unet(fine_tuned) if is_unet else _infer_mlp(fine_tuned)
     n_weights += _infer_critic(critic, inferred)
-    _check_sizes(n_weights, inferred, tensors)
+    check_sizes(n_weights, inferred["net_arch"], tensors)
     rename = _rename_unet if is_unet else _rename_denoiser
-    given_net_arch = dict(policy_kwargs.get("net_arch") or {})
-    for part, widths in inferred["net_arch"].items():
-        if part in given_net_arch and list(given_net_arch[part]) != widths:
-            raise ValueError(f"policy_kwargs['net_arch'][{part!r}] contradicts the checkpoint, which has {widths}.")
-    inferred["net_arch"] = {**PAPER_POLICY_KWARGS["net_arch"], **given_net_arch, **inferred["net_arch"]}
-    if is_unet:
-        inferred["net_kwargs"] = {**(policy_kwargs.get("net_kwargs") or {}), **inferred["net_kwargs"]}
-    for name, value in inferred.items():
-        if name not in ("net_arch", "net_kwargs") and name in policy_kwargs and policy_kwargs[name] != value:
-            raise ValueError(f"policy_kwargs[{name!r}]={policy_kwargs[name]} contradicts the checkpoint, which has {value}.")
-    policy_kwargs = {**PAPER_POLICY_KWARGS, **policy_kwargs, **inferred}
-    dppo_kwargs = dict(min_sampling_std=0.1, min_logprob_std=0.1) | dppo_kwargs
-    model = _make_model("DiffusionUnetPolicy" if is_unet else "DiffusionMlpPolicy", env_or_spaces, policy_kwargs, dppo_kwargs)
-    model.pretrained_on_demonstrations = True
-    policy = model.policy
-    try:
-        policy.denoiser.load_state_dict(rename(fine_tuned))
-        policy.base_denoiser.load_state_dict(rename(base))
-        if critic:
-            policy.critic.load_state_dict(_rename_mlp(critic))
-    except RuntimeError as error:
-        raise ValueError(
-            f"checkpoint does not fit the spaces {model.observation_space} and {model.action_space} or "
-            f"policy_kwargs={policy_kwargs} (the horizon): {error}"
-        ) from error
+    model = make_pretrained_model(
+        "DiffusionUnetPolicy" if is_unet else "DiffusionMlpPolicy",
+        env_or_spaces,
+        merged_policy_kwargs(inferred, policy_kwargs),
+        dppo_kwargs,
+        rename(fine_tuned),
+        rename(base),
+        _rename_mlp(critic),
+    )
     if normalization is not None:
         _set_normalization(model, Path(normalization), has_critic=bool(critic))
     return model
@@ -134,20 +118,6 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"checkpoint can't be read as a PyTorch file of tensors: {error}") from error
     if size > path.stat().st_size:
         raise ValueError("checkpoint can't be read as a PyTorch file of tensors: it holds more than its size allows.")
-
-
-def _check_sizes(n_weights: int, inferred: dict[str, Any], tensors: Tensors) -> None:
-    """
-    Widths are read off the rows of matrices: a small file could ask for a huge model, whose matrices it does not hold.
-
-    :param n_weights: At least how many weights such a model has.
-    :param inferred: What was read off the tensors.
-    :param tensors: All tensors of the checkpoint.
-    :raises ValueError: if they can't be the weights of such a model.
-    """
-    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors.values()}
-    if n_weights > sum(storages.values()):
-        raise ValueError(f"checkpoint does not hold the matrices between its layers of {inferred['net_arch']}.")
 
 
 def _count_matrices(widths: Sequence[int]) -> int:
@@ -243,22 +213,6 @@ def _rename_unet(denoiser: Tensors) -> Tensors:
     encoder = {f"obs_encoder.{name}": value for name, value in _rename_mlp(_select(denoiser, "cond_mlp.")).items()}
     unet = {name: value for name, value in denoiser.items() if not name.startswith("cond_mlp.")}
     return rename_film_unet(unet) | encoder
-
-
-def _make_model(policy: str, env_or_spaces: Any, policy_kwargs: dict[str, Any], dppo_kwargs: dict[str, Any]) -> DPPO:
-    if not isinstance(env_or_spaces, tuple):
-        return DPPO(policy, env_or_spaces, policy_kwargs=policy_kwargs, **dppo_kwargs)
-    model = DPPO(
-        policy,
-        None,  # type: ignore[arg-type]
-        policy_kwargs=policy_kwargs,
-        _init_setup_model=False,
-        **dppo_kwargs,
-    )
-    model.observation_space, model.action_space = env_or_spaces
-    model.n_envs = 1
-    model._setup_model()
-    return model
 
 
 def _set_normalization(model: DPPO, path: Path, has_critic: bool) -> None:
