@@ -326,7 +326,7 @@ class DPPO(DecisionRollouts):
 
         :param samples: A minibatch.
         :return: The loss, and metrics that stay on the device: "policy_gradient_loss", "value_loss", "approx_kl",
-            "clip_fraction", "ratio", "bc_loss", "base_kl", "eta" and "std".
+            "clip_fraction", "ratio", "bc_loss", "base_kl" and "eta", with ``learn_std="state"`` also "std".
         """
         settings, n_pairs = self._loss_settings(), len(samples.decision_index)
         loss, metrics = actor_loss(self.policy, samples, self._advantages(samples), settings, n_pairs)
@@ -408,6 +408,8 @@ class DPPO(DecisionRollouts):
         self.logger.record("train/clip_range", settings.clip_ranges[-1].item())
         if settings.clip_range_vf is not None:
             self.logger.record("train/clip_range_vf", settings.clip_range_vf)
+        if "std" not in history:  # it is the same in all decisions
+            self.logger.record("train/std", th.as_tensor(self.policy.sampler.floors()[0]).mean().item())
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer", "policy.critic_optimizer", "policy.noise_optimizer"], []

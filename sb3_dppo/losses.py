@@ -94,8 +94,9 @@ def actor_loss(
             ratio=ratio.sum() / n_pairs,
             base_kl=base_kl,
             eta=mean_eta,
-            std=std.mean() * (len(ratio) / n_pairs),
         )
+        if sampler.config.learn_std == "state":
+            metrics["std"] = std.mean() * (len(ratio) / n_pairs)
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
