@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,19 @@ def test_what_is_done_is_not_done_again_unless_its_line_is_removed(first: tuple[
 
 def test_ctrl_c_ends_the_workers(tmp_path: Path) -> None:
     path = write(tmp_path, algorithms={"dppo": {"algo": "dppo"}}, steps=10_000_000)
-    process = subprocess.Popen(command("run", path, "--results", tmp_path), stdout=subprocess.DEVNULL)
+    # A shell lets what it starts in the background ignore Ctrl-C, and so would all that this starts.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command("run", path, "--results", tmp_path), stdout=subprocess.DEVNULL, preexec_fn=heed)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 60
     while not (workers := children.read_text().split()) and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(1)  # the worker is at work
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    try:
+        assert process.wait(30) == 130
+    finally:
+        process.terminate()  # which ends the worker, too
     assert len(workers) == 1 and not Path(f"/proc/{workers[0]}").exists() and not (tmp_path / "tiny.jsonl").exists()
 
 
