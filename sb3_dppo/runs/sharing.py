@@ -254,7 +254,7 @@ def _make_model(algorithm: Any, config: dict[str, Any], env: VecEnv | None, devi
         setattr(model, attribute, training[name])
     # A flow may run more steps than it has.
     n_iterates = max(policy_kwargs["denoising_steps"], model.inference_steps or 0) + 1
-    _check_rollout(model, policy_kwargs["horizon"], n_iterates)
+    _check_rollout(model, policy_kwargs["horizon"], policy_kwargs.get("first_action", 0), n_iterates)
     if env is not None:
         model.set_env(env)
     model._setup_model()
@@ -264,9 +264,9 @@ def _make_model(algorithm: Any, config: dict[str, Any], env: VecEnv | None, devi
     return model
 
 
-def _check_rollout(model: Any, horizon: int, n_iterates: int) -> None:
+def _check_rollout(model: Any, horizon: int, first_action: int, n_iterates: int) -> None:
     """Refuse a rollout buffer, which is not allocated yet, of more bytes than a stranger's configuration may ask for."""
-    decisions = model.n_steps // max(1, model.act_steps or horizon)
+    decisions = model.n_steps // max(1, model.act_steps or horizon - first_action)
     parts: Any = parts_of_space(model.observation_space).values()
     n_bytes = sum(math.prod(part.shape) * min(4, part.dtype.itemsize) for part in parts)
     n_bytes += 4 * n_iterates * horizon * (math.prod(model.action_space.shape) + 1)

@@ -102,6 +102,10 @@ KWARGS, ARGUMENTS, OBS = "policy_kwargs", "arguments", "observation_space"
         (_set(ARGUMENTS, "gamma", to=float("nan")), r"arguments\['gamma'\]=nan"),
         (_set(ARGUMENTS, "gamma", to=10**400), r"arguments\['gamma'\]"),
         (_set(ARGUMENTS, "n_steps", to=2**62), "rollout buffer of .* bytes per env.*pass a smaller n_steps"),
+        (
+            lambda config: (config[KWARGS].update(first_action=3), config[ARGUMENTS].update(n_steps=8 * 10**6)),
+            "rollout buffer of .* bytes per env.*pass a smaller n_steps",
+        ),
         (_set(ARGUMENTS, "act_steps", to=0), "act_steps=0"),
         (_set(ARGUMENTS, "seed", to=2**62), "can be made"),
         (_set(ARGUMENTS, "ft_denoising_anneal", to=[1, 2, 3]), "ft_denoising_anneal"),
