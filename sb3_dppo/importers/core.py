@@ -25,12 +25,17 @@ def merged_policy_kwargs(inferred: Mapping[str, Any], given: Mapping[str, Any]) 
         if name in IN_PARTS:
             said = dict(given.get(name) or {})
             for part, known in value.items():
-                if part in said and said[part] != known:
+                if part in said and not _same(said[part], known):
                     raise ValueError(f"policy_kwargs[{name!r}][{part!r}] contradicts the checkpoint, which has {known}.")
             merged[name] = {**PAPER_POLICY_KWARGS.get(name, {}), **said, **value}
-        elif name in given and given[name] != value:
+        elif name in given and not _same(given[name], value):
             raise ValueError(f"policy_kwargs[{name!r}]={given[name]} contradicts the checkpoint, which has {value}.")
     return merged
+
+
+def _same(given: Any, known: Any) -> bool:
+    """Whether they are equal; it does not matter of what type a sequence of widths is."""
+    return list(given) == list(known) if isinstance(given, (list, tuple)) and isinstance(known, (list, tuple)) else given == known
 
 
 def check_sizes(n_weights: int, net_arch: Any, tensors: Tensors) -> None:

@@ -48,6 +48,13 @@ def test_width_of_the_critic_may_be_chosen_where_there_is_none() -> None:
     assert model.policy.critic[0].out_features == 32
 
 
+def test_widths_that_are_known_may_be_said_again_as_tuples() -> None:
+    known = import_reference_checkpoint(weights(), SPACES, policy_kwargs={}, ft_denoising_steps=10).policy.net_arch
+    said = {name: tuple(widths) for name, widths in known.items()}  # type: ignore[union-attr]
+    model = import_reference_checkpoint(weights(), SPACES, policy_kwargs=dict(net_arch=said), ft_denoising_steps=10)
+    assert model.policy.net_arch == known
+
+
 def test_errors(tmp_path: Path) -> None:
     def load(checkpoint: Any, message: str, **kwargs: Any) -> None:
         arguments: dict[str, Any] = {"env_or_spaces": SPACES, "policy_kwargs": {}, **kwargs}
