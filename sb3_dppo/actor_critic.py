@@ -339,10 +339,9 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         :raises ValueError: for noise of another shape.
         """
         sampler, n_decisions = self.sampler, batch_size_of(obs)
-        shape = (sampler.inference_steps + 1, n_decisions, *sampler.chunk_shape)
         if noise is None:
             noise = sampler.draw_noise(n_decisions)
-        elif noise.shape != shape:
+        elif noise.shape != (shape := sampler.noise_shape(n_decisions)):
             raise ValueError(f"noise has the shape {tuple(noise.shape)}, but must have {shape}: see draw_noise.")
         n_base_steps = sampler.inference_steps if use_base else sampler.n_base_steps
         with th.no_grad():

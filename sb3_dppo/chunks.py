@@ -99,7 +99,7 @@ class ChunkPolicy(ActorCriticPolicy):
         if not deterministic or kind == "random":
             noise = self.sampler.draw_noise(batch_size_of(obs), self.generator)
         else:
-            shape = (self.sampler.inference_steps + 1, batch_size_of(obs), *self.sampler.chunk_shape)
+            shape = self.sampler.noise_shape(batch_size_of(obs))
             noise = th.zeros(shape, device=self.device)
             if kind == "observation":
                 noise = th.as_tensor(noise_of_observations(obs, shape), device=self.device)

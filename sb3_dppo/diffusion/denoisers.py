@@ -162,21 +162,12 @@ def sinusoids_of(timesteps: th.Tensor, size: int) -> th.Tensor:
     return get_timestep_embedding(timesteps, size, downscale_freq_shift=1)
 
 
-def look_up(sinusoids: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
-    """
-    :param sinusoids: Table of those of all whole timesteps, shape (K, size).
-    :param timesteps: Timesteps, shape (T,); those of a flow are not in the table.
-    :return: Those of these timesteps, shape (T, size).
-    """
-    if timesteps.is_floating_point():
-        return sinusoids_of(timesteps, sinusoids.shape[1])
-    return sinusoids[timesteps]
-
-
 class Denoiser(nn.Module, ABC):
     """
     What predicts noise, from what :meth:`encode` makes of the observation and :meth:`embed_timesteps` of the timestep.
     """
+
+    obs_encoder: nn.Module
 
     def for_chain(self, features: th.Tensor, timesteps: th.Tensor) -> list[Callable[[th.Tensor], th.Tensor]]:
         """
@@ -189,12 +180,12 @@ class Denoiser(nn.Module, ABC):
         condition = self.encode(features)
         return [partial(self, time_embedding=row, condition=condition) for row in self.embed_timesteps(timesteps)]
 
-    @abstractmethod
     def encode(self, features: th.Tensor) -> th.Tensor:
         """
         :param features: Observation features, shape (B, features_dim).
         :return: What the chain is conditioned on, shape (B, condition_dim).
         """
+        return self.obs_encoder(features)
 
     @abstractmethod
     def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
@@ -213,7 +204,32 @@ class Denoiser(nn.Module, ABC):
         """
 
 
-class MlpDenoiser(Denoiser):
+class SinusoidalDenoiser(Denoiser):
+    """
+    A denoiser that embeds timesteps by a small network of their sines and cosines.
+
+    :param denoising_steps: K, the number of timesteps to embed.
+    :param time_dim: Size of the embedding, even.
+    :param hidden_dim: Hidden units of the network.
+    :raises ValueError: for a size that is odd or less than 4.
+    """
+
+    sinusoids: th.Tensor
+
+    def __init__(self, denoising_steps: int, time_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        if time_dim < 4 or time_dim % 2 != 0:
+            raise ValueError(f"time_dim={time_dim} must be even and at least 4.")
+        self.register_buffer("sinusoids", sinusoids_of(th.arange(denoising_steps), time_dim), persistent=False)
+        self.time_mlp = nn.Sequential(nn.Linear(time_dim, hidden_dim), nn.Mish(), nn.Linear(hidden_dim, time_dim))
+
+    def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
+        # Those of a flow are no whole numbers, and so not in the table.
+        in_table = not timesteps.is_floating_point()
+        return self.time_mlp(self.sinusoids[timesteps] if in_table else sinusoids_of(timesteps, self.sinusoids.shape[1]))
+
+
+class MlpDenoiser(SinusoidalDenoiser):
     """
     A multilayer perceptron on the noisy chunk, the time embedding and the observation features.
 
@@ -229,8 +245,6 @@ class MlpDenoiser(Denoiser):
     :param mlp: ``activation_fn``, also of the encoder, ``residual`` and ``layer_norm`` of :func:`make_mlp`.
     """
 
-    sinusoids: th.Tensor
-    time_mlp: nn.Sequential
     mlp: nn.Sequential
     film: nn.Linear | None
 
@@ -246,15 +260,9 @@ class MlpDenoiser(Denoiser):
         film: bool = False,
         **mlp: Any,
     ) -> None:
-        super().__init__()
-        if time_dim < 4 or time_dim % 2 != 0:
-            raise ValueError(f"time_dim={time_dim} must be even and at least 4.")
-
+        super().__init__(denoising_steps, time_dim, 2 * time_dim)
         mlp = {"activation_fn": nn.ReLU, "residual": True, **mlp}
-        sinusoids = sinusoids_of(th.arange(denoising_steps), time_dim)
-        self.register_buffer("sinusoids", sinusoids, persistent=False)
-        self.time_mlp = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Mish(), nn.Linear(2 * time_dim, time_dim))
-        self.obs_encoder: nn.Module = nn.Identity()
+        self.obs_encoder = nn.Identity()
         if obs_encoder_arch:
             self.obs_encoder = make_mlp(features_dim, obs_encoder_arch[-1], obs_encoder_arch[:-1], mlp["activation_fn"])
             features_dim = obs_encoder_arch[-1]
@@ -292,12 +300,6 @@ class MlpDenoiser(Denoiser):
             return hidden.view_as(sample)
 
         return [partial(predict, time_part) for time_part in time_parts.unbind()]
-
-    def encode(self, features: th.Tensor) -> th.Tensor:
-        return self.obs_encoder(features)
-
-    def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
-        return self.time_mlp(look_up(self.sinusoids, timesteps))
 
     def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
         inputs = th.cat([sample.flatten(1), time_embedding.expand(len(sample), -1), condition], dim=1)
@@ -378,9 +380,6 @@ class UnetDenoiser(Denoiser):
         self.unet = unet
         self.obs_encoder = make_mlp(features_dim, net_arch[0], [4 * net_arch[0]], activation_fn)
 
-    def encode(self, features: th.Tensor) -> th.Tensor:
-        return self.obs_encoder(features)
-
     def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
         return self.time_mlp(self.time_proj(timesteps))
 
@@ -388,7 +387,7 @@ class UnetDenoiser(Denoiser):
         return self.unet(sample.transpose(1, 2), time_embedding + condition).sample.transpose(1, 2)
 
 
-class TransformerDenoiser(Denoiser):
+class TransformerDenoiser(SinusoidalDenoiser):
     """
     A transformer whose tokens are the chunk's noisy actions; they attend to each other and to two more tokens, the timestep's
     and the observation's (Chi et al. 2023, section 3, without the causal mask: the chunk is denoised as a whole).
@@ -402,21 +401,16 @@ class TransformerDenoiser(Denoiser):
     :raises ValueError: for other widths.
     """
 
-    sinusoids: th.Tensor
-
     def __init__(
         self, action_dim: int, horizon: int, features_dim: int, denoising_steps: int, net_arch: Sequence[int], n_heads: int = 4
     ) -> None:
-        super().__init__()
-        if len(set(net_arch)) != 1 or net_arch[0] % n_heads != 0:
+        width = net_arch[0]
+        if len(set(net_arch)) != 1 or width % n_heads != 0:
             raise ValueError(
                 f"net_arch={list(net_arch)}: a transformer's layers have one width, a multiple of its {n_heads} heads, "
                 "such as [128, 128]."
             )
-        width = net_arch[0]
-        sinusoids = sinusoids_of(th.arange(denoising_steps), width)
-        self.register_buffer("sinusoids", sinusoids, persistent=False)
-        self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.Mish(), nn.Linear(width, width))
+        super().__init__(denoising_steps, width, width)
         self.obs_encoder = nn.Linear(features_dim, width)
         self.tokens = nn.Linear(action_dim, width)
         self.position = nn.Parameter(0.02 * th.randn(horizon, width))
@@ -425,12 +419,6 @@ class TransformerDenoiser(Denoiser):
         )
         self.transformer = nn.TransformerDecoder(layer, len(net_arch), norm=nn.LayerNorm(width))
         self.output = nn.Linear(width, action_dim)
-
-    def encode(self, features: th.Tensor) -> th.Tensor:
-        return self.obs_encoder(features)
-
-    def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
-        return self.time_mlp(look_up(self.sinusoids, timesteps))
 
     def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
         memory = th.stack([time_embedding.expand(len(sample), -1), condition], dim=1)

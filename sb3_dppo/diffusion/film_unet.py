@@ -7,7 +7,7 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from sb3_dppo.diffusion.denoisers import Denoiser, check_unet, look_up, make_mlp, sinusoids_of
+from sb3_dppo.diffusion.denoisers import SinusoidalDenoiser, check_unet, make_mlp
 
 
 class ConvBlock(nn.Sequential):
@@ -18,12 +18,15 @@ class ConvBlock(nn.Sequential):
     :param n_out: Channels out.
     :param kernel_size: Size of the convolution's kernel, odd.
     :param n_groups: Groups of channels that are normalised together.
+    :param norm_eps: What is added to variances in normalisation.
     :param activation_fn: Activation.
     """
 
-    def __init__(self, n_in: int, n_out: int, kernel_size: int, n_groups: int, activation_fn: type[nn.Module]) -> None:
+    def __init__(
+        self, n_in: int, n_out: int, kernel_size: int, n_groups: int, norm_eps: float, activation_fn: type[nn.Module]
+    ) -> None:
         convolution = nn.Conv1d(n_in, n_out, kernel_size, padding=kernel_size // 2)
-        super().__init__(convolution, nn.GroupNorm(n_groups, n_out), activation_fn())
+        super().__init__(convolution, nn.GroupNorm(n_groups, n_out, eps=norm_eps), activation_fn())
 
 
 class FilmBlock(nn.Module):
@@ -35,7 +38,7 @@ class FilmBlock(nn.Module):
     :param condition_dim: Size of the condition.
     :param scale: Whether it also scales.
     :param encoder_layers: Linear layers of the condition's encoder: 1, after an activation, or 3, with activations between.
-    :param block: ``kernel_size``, ``n_groups`` and ``activation_fn`` of :class:`ConvBlock`.
+    :param block: ``kernel_size``, ``n_groups``, ``norm_eps`` and ``activation_fn`` of :class:`ConvBlock`.
     """
 
     def __init__(self, n_in: int, n_out: int, condition_dim: int, scale: bool, encoder_layers: int, **block: Any) -> None:
@@ -75,7 +78,7 @@ class FilmBlocks(nn.Sequential):
         return x
 
 
-class FilmUnetDenoiser(Denoiser):
+class FilmUnetDenoiser(SinusoidalDenoiser):
     """
     A UNet along the chunk, each of whose residual blocks is modulated by the time embedding and the observation features.
 
@@ -95,8 +98,6 @@ class FilmUnetDenoiser(Denoiser):
     :raises ValueError: for a horizon that can't be halved that often, or channels that can't be grouped.
     """
 
-    sinusoids: th.Tensor
-
     def __init__(
         self,
         action_dim: int,
@@ -113,34 +114,25 @@ class FilmUnetDenoiser(Denoiser):
         condition_layers: int = 1,
         norm_eps: float = 1e-5,
     ) -> None:
-        super().__init__()
+        super().__init__(denoising_steps, time_dim, 4 * time_dim)
         check_unet(horizon, net_arch, n_groups)
         for name, value, fits, rule in (
             ("kernel_size", kernel_size, kernel_size % 2 == 1, "odd, so that convolutions keep the chunk's length"),
             ("condition_layers", condition_layers, condition_layers in (1, 3), "1 or 3"),
-            ("time_dim", time_dim, time_dim >= 4 and time_dim % 2 == 0, "even and at least 4"),
         ):
             if not fits:
                 raise ValueError(f"{name}={value} must be {rule}.")
-        self.register_buffer("sinusoids", sinusoids_of(th.arange(denoising_steps), time_dim), persistent=False)
-        self.time_mlp = nn.Sequential(nn.Linear(time_dim, 4 * time_dim), nn.Mish(), nn.Linear(4 * time_dim, time_dim))
-        self.obs_encoder: nn.Module = nn.Identity()
+        self.obs_encoder = nn.Identity()
         if obs_encoder_arch:
             arch = list(obs_encoder_arch)
             self.obs_encoder = make_mlp(features_dim, arch[-1], arch[:-1], activation_fn, residual=True)
             features_dim = arch[-1]
 
+        settings: Any = dict(kernel_size=kernel_size, n_groups=n_groups, norm_eps=norm_eps, activation_fn=activation_fn)
+        condition_dim = time_dim + features_dim
+
         def make_block(n_in: int, n_out: int) -> FilmBlock:
-            return FilmBlock(
-                n_in,
-                n_out,
-                time_dim + features_dim,
-                film_scale,
-                condition_layers,
-                kernel_size=kernel_size,
-                n_groups=n_groups,
-                activation_fn=activation_fn,
-            )
+            return FilmBlock(n_in, n_out, condition_dim, film_scale, condition_layers, **settings)
 
         levels = list(pairwise([action_dim, *net_arch]))
         # Each level up sees what the one down made of the same length.
@@ -150,18 +142,7 @@ class FilmUnetDenoiser(Denoiser):
         self.middle = FilmBlocks(*(make_block(net_arch[-1], net_arch[-1]) for _ in range(2)))
         self.up = nn.ModuleList(FilmBlocks(make_block(2 * n, n_in), make_block(n_in, n_in)) for n_in, n in upwards)
         self.upsample = nn.ModuleList(nn.ConvTranspose1d(n_in, n_in, 4, stride=2, padding=1) for n_in, _ in upwards)
-        self.output = nn.Sequential(
-            ConvBlock(net_arch[0], net_arch[0], kernel_size, n_groups, activation_fn), nn.Conv1d(net_arch[0], action_dim, 1)
-        )
-        for module in self.modules():
-            if isinstance(module, nn.GroupNorm):
-                module.eps = norm_eps
-
-    def encode(self, features: th.Tensor) -> th.Tensor:
-        return self.obs_encoder(features)
-
-    def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
-        return self.time_mlp(look_up(self.sinusoids, timesteps))
+        self.output = nn.Sequential(ConvBlock(net_arch[0], net_arch[0], **settings), nn.Conv1d(net_arch[0], action_dim, 1))
 
     def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
         condition = th.cat([time_embedding.expand(len(sample), -1), condition], dim=1)

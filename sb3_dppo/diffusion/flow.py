@@ -21,8 +21,6 @@ class FlowProcess(Process):
     :param scheduler: "ddpm", the default: the steps are those of diffusers' ``FlowMatchEulerDiscreteScheduler``.
     :param denoising_steps: The number of steps unless ``inference_steps`` is given.
     :param inference_steps: S, the steps that are run, equally long: 1 to 1000.
-    :param beta_schedule: Not used: paths are straight.
-    :param prediction_type: "flow".
     :param clips: See :class:`~sb3_dppo.diffusion.process.Process`. The predicted clean chunk is where the velocity leads.
     :raises ValueError: for another scheduler, or a number of steps out of range.
     """
@@ -32,8 +30,6 @@ class FlowProcess(Process):
         scheduler: Any = "ddpm",
         denoising_steps: int = 4,
         inference_steps: int | None = None,
-        beta_schedule: str = "",
-        prediction_type: str = "flow",
         **clips: float | None,
     ) -> None:
         super().__init__(denoising_steps, inference_steps, **clips)
@@ -46,7 +42,6 @@ class FlowProcess(Process):
             raise ValueError(f"inference_steps={S} must be between 1 and {MAX_DENOISING_STEPS}.")
         euler: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIME_SCALE)
         euler.set_timesteps(sigmas=th.linspace(1.0, 1 / S, S, dtype=th.double).tolist())
-        self.scheduler = euler
         sigma, sigma_next = euler.sigmas[:-1].double(), euler.sigmas[1:].double()
         zero, one = th.zeros_like(sigma), th.ones_like(sigma)
         # The step x + (σ' - σ)·velocity, by way of the clean chunk x - σ·velocity, which can be clamped.

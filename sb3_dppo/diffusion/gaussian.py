@@ -15,8 +15,6 @@ class GaussianProcess(Process):
     :param scheduler: "ddpm", the default: there is nothing to schedule.
     :param denoising_steps: 1.
     :param inference_steps: 1 or ``None``.
-    :param beta_schedule: Not used, as there is no noise.
-    :param prediction_type: "mean".
     :param clips: See :class:`~sb3_dppo.diffusion.process.Process`.
     :raises ValueError: for more than one step, or a scheduler.
     """
@@ -28,8 +26,6 @@ class GaussianProcess(Process):
         scheduler: Any = "ddpm",
         denoising_steps: int = 1,
         inference_steps: int | None = None,
-        beta_schedule: str = "",
-        prediction_type: str = "mean",
         **clips: float | None,
     ) -> None:
         super().__init__(denoising_steps, inference_steps, **clips)

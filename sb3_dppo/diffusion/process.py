@@ -16,7 +16,7 @@ LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 # More would take minutes to build and change nothing: diffusers' own models have as many.
 MAX_DENOISING_STEPS = 1000
-# The std of DDPM's deterministic mode, which is 0 at the last step only.
+# The least std of DDPM's deterministic mode, at all steps but the last, where it is 0.
 DDPM_EVALUATION_STD = 1e-3
 
 
@@ -71,8 +71,6 @@ class Process(nn.Module, ABC):
     is_ddim = False
     # Whether the initial iterate is noise, or zero.
     starts_from_noise: ClassVar[bool] = True
-    # The std in deterministic sampling, at all steps but the last, where it is 0.
-    evaluation_std = 0.0
 
     def __init__(
         self,
@@ -164,6 +162,10 @@ class Process(nn.Module, ABC):
         """The std at every position (no floor applied), for DDIM with η = 1, shape (S,)."""
         return self.table[-1]
 
+    def deterministic_stds(self) -> th.Tensor:
+        """The std at every position in deterministic sampling, shape (S,)."""
+        return th.zeros_like(self.sigmas())
+
     def clip_final(self, sample: th.Tensor) -> th.Tensor:
         """The last iterate, clamped if ``clip_final_action`` is set."""
         if self.clip_final_action is None:
@@ -218,7 +220,6 @@ class DenoisingProcess(Process):
         self.scheduler = make_scheduler(scheduler, config)
         name = type(self.scheduler).__name__
         self.is_ddim = name == "DDIMScheduler"
-        self.evaluation_std = 0.0 if self.is_ddim else DDPM_EVALUATION_STD
         check_noise_schedule(self.scheduler, self.training_scheduler)
         self._check_inference_steps(name)
         set_timesteps(self.scheduler, self.inference_steps)
@@ -295,6 +296,13 @@ class DenoisingProcess(Process):
         predictions = self._x0_and_noise(alpha)
         rows = Coefficients(*predictions, sqrt_alpha=alpha.sqrt(), sqrt_one_minus_alpha=(1 - alpha).sqrt(), **coefficients)
         return th.stack(list(rows)).float()
+
+    def deterministic_stds(self) -> th.Tensor:
+        if self.is_ddim:
+            return super().deterministic_stds()
+        stds = self.sigmas().clamp(min=DDPM_EVALUATION_STD)
+        stds[-1] = 0.0
+        return stds
 
     def draw_timesteps(self, n: int, device: th.device) -> th.Tensor:
         return th.randint(self.denoising_steps, (n,), device=device)

@@ -214,14 +214,17 @@ class DiffusionSampler:
         """A context in which the networks' products have the configured precision. Distributions stay in float32."""
         return precision_context(self.process.table.device, self.config.precision)
 
+    def noise_shape(self, n: int) -> tuple[int, ...]:
+        """(S+1, B, Tp, Da), of the noise for B = n decisions: the initial iterate, then one per step."""
+        return (self.inference_steps + 1, n, *self.chunk_shape)
+
     def draw_noise(self, n: int, generator: th.Generator | None = None) -> th.Tensor:
         """
         :param n: B, the number of decisions.
         :param generator: Where to draw from; ``None`` means PyTorch's default generator.
         :return: What :meth:`sample` takes as ``noise``: standard normal, shape (S+1, B, Tp, Da).
         """
-        shape = (self.inference_steps + 1, n, *self.chunk_shape)
-        return th.randn(shape, device=self.process.table.device, generator=generator)
+        return th.randn(self.noise_shape(n), device=self.process.table.device, generator=generator)
 
     def sample(
         self,
@@ -307,13 +310,10 @@ class DiffusionSampler:
         eta = self.config.eta if learned_eta is None else learned_eta
         sigma = self.process.sigmas()[:, None, None, None]
         sampling_floor, log_prob_floor = self._floors_of_steps(features)
-        if not deterministic:
-            std = self._with_eta(sigma, eta).clamp(min=sampling_floor)
-        elif self.process.is_ddim:
-            std = th.zeros_like(sigma)
+        if deterministic:
+            std = self.process.deterministic_stds()[:, None, None, None]
         else:
-            std = sigma.clamp(min=self.process.evaluation_std)
-            std[-1] = 0.0
+            std = self._with_eta(sigma, eta).clamp(min=sampling_floor)
         log_prob_eta = eta if learned_eta is None else learned_eta[:, None]
         log_prob_std = self._with_eta(sigma[self.n_base_steps :, 0], log_prob_eta).clamp(min=log_prob_floor)
         if is_constant:

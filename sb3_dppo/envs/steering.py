@@ -70,9 +70,9 @@ class NoiseSpaceVecEnv(VecEnvWrapper):
         :param noise: Initial iterates, shape (B, Tp · Da).
         :return: What can be executed of the chunks that they lead to, shape (B, at most Tp, *action_space.shape).
         """
-        policy, n = self.policy, len(noise)
-        steps = th.zeros((policy.sampler.inference_steps + 1, n, *policy.sampler.chunk_shape), device=policy.device)
-        steps[0] = th.as_tensor(noise, dtype=th.float32, device=policy.device).view(n, *policy.sampler.chunk_shape)
+        policy = self.policy
+        steps = th.zeros(policy.sampler.noise_shape(len(noise)), device=policy.device)
+        steps[0] = th.as_tensor(noise, dtype=th.float32, device=policy.device).view_as(steps[0])
         obs_tensor = policy.obs_to_tensor(obs)[0]  # type: ignore[arg-type]
         return policy.executable(policy.sample_chain(obs_tensor, deterministic=True, noise=steps).actions)
 

@@ -35,7 +35,8 @@ def merged_policy_kwargs(inferred: Mapping[str, Any], given: Mapping[str, Any]) 
 
 def _same(given: Any, known: Any) -> bool:
     """Whether they are equal; it does not matter of what type a sequence of widths is."""
-    return list(given) == list(known) if isinstance(given, (list, tuple)) and isinstance(known, (list, tuple)) else given == known
+    sequences = isinstance(given, (list, tuple)) and isinstance(known, (list, tuple))
+    return list(given) == list(known) if sequences else given == known
 
 
 def check_sizes(n_weights: int, net_arch: Any, tensors: Tensors) -> None:

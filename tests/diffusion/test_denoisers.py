@@ -108,7 +108,8 @@ CHANGES: dict[str, Callable[[Any], nn.Module]] = {
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "unet", "transformer"])
 def test_a_chain_predicts_what_single_calls_do(name: str) -> None:
     chained, called = run_chain(make_denoiser(name))
-    th.testing.assert_close(chained, called, rtol=1e-4, atol=1e-5)
+    # Convolutions are computed in another way for another batch, on some machines with errors of 4e-5.
+    th.testing.assert_close(chained, called, rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("change", CHANGES)

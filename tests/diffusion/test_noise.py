@@ -8,6 +8,7 @@ import pytest
 import torch as th
 
 from sb3_dppo import DPPO
+from tests.diffusion.finite_differences import check_gradient_of_noise
 
 SAMPLERS: dict[str, dict[str, Any]] = dict(
     flow=dict(policy_kwargs=dict(prediction_type="flow")),
@@ -71,19 +72,7 @@ def test_is_discarded_when_acting_deterministically(learn_std: str) -> None:
 
 @pytest.mark.parametrize("learn_std", ["action", "state"])
 def test_its_gradient_is_that_of_finite_differences(learn_std: str) -> None:
-    model = make_model(learn_std=learn_std)
-    model.learn(32)
-    samples = next(model.rollout_buffer.get(None))
-    bias = model.policy.noise_network.output.bias
-    (gradient,) = th.autograd.grad(model.loss(samples)[0], bias)
-    losses, step = [], 1e-3
-    with th.no_grad():
-        for sign in (1, -1):
-            bias += sign * step
-            losses.append(model.loss(samples)[0].item())
-            bias -= sign * step
-    assert gradient.abs() > 1e-5
-    assert gradient.item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=0.05)
+    check_gradient_of_noise(make_model(learn_std=learn_std))
 
 
 @pytest.mark.parametrize("learn_std", [None, "action", "state"])

@@ -11,6 +11,7 @@ import torch as th
 
 from sb3_dppo import DPPO
 from sb3_dppo.diffusion.sampler import SamplerConfig
+from tests.diffusion.finite_differences import check_gradient_of_noise
 
 
 def make_model(**kwargs: Any) -> DPPO:
@@ -70,20 +71,7 @@ def test_ent_coef_acts_on_a_learned_eta_within_its_bounds(learn_eta: str) -> Non
 
 
 def test_the_gradient_of_eta_is_that_of_finite_differences() -> None:
-    model = make_model(learn_eta="action")
-    model.learn(32)
-    samples = next(model.rollout_buffer.get(None))
-    bias = model.policy.noise_network.output.bias
-    (gradient,) = th.autograd.grad(model.loss(samples)[0], bias)
-    step = 1e-3
-    with th.no_grad():
-        losses = []
-        for sign in (1, -1):
-            bias += sign * step
-            losses.append(model.loss(samples)[0].item())
-            bias -= sign * step
-    assert gradient.abs() > 1e-5
-    assert gradient.item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=0.05)
+    check_gradient_of_noise(make_model(learn_eta="action"))
 
 
 def test_an_eta_at_its_upper_bound_has_finite_gradients() -> None:
