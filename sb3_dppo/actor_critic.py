@@ -60,7 +60,9 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     :param prediction_type: What the denoiser predicts: "epsilon" (the noise), "sample" (the clean chunk) or "v_prediction";
         "flow", the velocity of a straight path between noise and chunk, trained by flow matching, for chains of few steps;
         "mean", that of a Gaussian policy, which has no noisy chunk to look at and one step: its BC is least squares.
-    :param clip_sample_range: Clamp of the predicted clean chunk to ± this value, or ``None``.
+    :param clip_sample_range: Clamp of the predicted clean chunk to ± this value, or ``None``. "auto": 1, as in the paper, and
+        ``None`` where ``prediction_type`` is "sample" or "mean": the denoiser's output is the chunk then and would have no
+        gradient beyond the clamp.
     :param clip_noise_pred: DDIM only: clamp of the noise that follows from it, or ``None``.
     :param clip_final_action: Clamp of the final sample, or ``None``.
     :param residual: Use residual blocks in the denoiser, so that ``pi`` must be an odd number of equal widths. ``None``: where
@@ -110,7 +112,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         horizon: int = 1,
         first_action: int = 0,
         prediction_type: str = "sample",
-        clip_sample_range: float | None = 1.0,
+        clip_sample_range: float | str | None = "auto",
         clip_noise_pred: float | None = None,
         clip_final_action: float | None = None,
         residual: bool | None = None,
@@ -150,6 +152,10 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         activation_fn = activation_class("activation_fn", activation_fn or activations[0])
         critic_activation_fn = activation_class("critic_activation_fn", critic_activation_fn or activations[1])
         ortho_init = as_ppo if ortho_init is None else ortho_init
+        if clip_sample_range == "auto":
+            clip_sample_range = None if as_ppo else 1.0
+        elif clip_sample_range is not None and (isinstance(clip_sample_range, str) or not clip_sample_range > 0):
+            raise ValueError(f"clip_sample_range={clip_sample_range!r} must be positive, None or 'auto'.")
         self._constructor_parameters = {name: value for name, value in locals().items() if name in SETTINGS}
         if horizon < 1:
             raise ValueError(f"horizon={horizon} must be at least 1.")

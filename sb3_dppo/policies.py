@@ -14,7 +14,11 @@ from sb3_dppo.diffusion.film_unet import FilmUnetDenoiser
 # The paper's policies for Gym tasks, in policy_kwargs' terms, for pre-training and fine-tuning; the constructor's own defaults
 # are for learning from scratch (Ren et al. 2024, table A7).
 PAPER_POLICY_KWARGS: dict[str, Any] = dict(
-    denoising_steps=20, horizon=4, prediction_type="epsilon", net_arch=dict(pi=[512, 512, 512], vf=[256, 256, 256])
+    denoising_steps=20,
+    horizon=4,
+    prediction_type="epsilon",
+    clip_sample_range=1.0,
+    net_arch=dict(pi=[512, 512, 512], vf=[256, 256, 256]),
 )
 
 

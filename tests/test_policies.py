@@ -340,6 +340,31 @@ def test_a_policy_that_predicts_actions_begins_as_that_of_ppo(
     assert (policy.base_denoiser.mlp[-1].weight == weights).all()
 
 
+@pytest.mark.parametrize(
+    "kwargs,clip",
+    [
+        (dict(), None),
+        (dict(prediction_type="mean", denoising_steps=1), None),
+        (dict(prediction_type="epsilon"), 1.0),
+        (dict(prediction_type="flow"), 1.0),
+        (dict(prediction_type="epsilon", clip_sample_range=None), None),
+        (dict(clip_sample_range=0.5), 0.5),
+    ],
+)
+def test_what_predicts_actions_can_be_pulled_back_from_beyond_the_bounds(kwargs: dict[str, Any], clip: float | None) -> None:
+    policy = make_policy(**kwargs)
+    assert policy.process.clip_sample_range == clip
+    if kwargs:
+        return
+    bias = policy.denoiser.mlp[-1].bias
+    with th.no_grad():
+        bias += 5.0
+    obs = th.zeros(1, 5)
+    policy.chain_log_prob(obs, policy.sample_chain(obs).chain - 10.0).mean().backward()
+    assert (bias.grad < 0).all()
+    assert (np.abs(policy.predict(np.zeros(5), deterministic=True)[0]) == 1).all()
+
+
 @pytest.mark.parametrize("horizon,n_actions", [(1, 1), (4, 3), (8, 1), (16, 6)])
 def test_horizons_and_action_sizes(horizon: int, n_actions: int) -> None:
     for cls in (DiffusionMlpPolicy, DiffusionUnetPolicy):
@@ -390,6 +415,8 @@ def test_features_extractor_and_encoder_have_frozen_copies() -> None:
         (dict(film=True, residual=True), r"net_arch=\[16\] has no residual block that film=True could modulate"),
         (dict(features_extractor_class="Vit"), "features_extractor_class='Vit' is unknown"),
         (dict(activation_fn="swish"), "activation_fn='swish' is unknown.*relu.*torch.nn.ReLU"),
+        (dict(clip_sample_range="none"), "clip_sample_range='none' must be positive, None or 'auto'"),
+        (dict(clip_sample_range=0.0), "clip_sample_range=0.0 must be positive"),
         (dict(use_sde=True), "use_sde"),
     ],
 )
