@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from sb3_dppo.demonstrations.rows import MAX_COMPRESSION
+from sb3_dppo.demonstrations.lerobot_images import CHANNELS, images_of_parquet, images_of_videos
+from sb3_dppo.demonstrations.rows import MAX_COMPRESSION, Rows
 from sb3_dppo.demonstrations.selection import Selection, select
 
 
@@ -19,17 +20,20 @@ def from_lerobot(folder: Path, selection: Selection | None) -> dict[str, Any]:
         raise ValueError(f"{info_path} must be a JSON object with features, each with dtype and shape ({error!r}).") from error
     selection = selection or {"": ["observation.state"]}
     keys = [name for names in selection.values() for name in names]
-    vectors = sorted(name for name, (dtype, shape) in shapes.items() if dtype not in ("image", "video") and len(shape) == 1)
+    vectors = [name for name, (dtype, shape) in shapes.items() if dtype not in ("image", "video") and len(shape) == 1]
+    images = [name for name, (dtype, shape) in shapes.items() if dtype in ("image", "video") and _image_shape(shape)]
+    readable = sorted(name for name in (*vectors, *images) if name.startswith("observation"))
     for name in (*keys, "action"):
         if name not in shapes:
             raise ValueError(f"{info_path} has no feature {name!r}; there are {sorted(shapes)}: choose obs_keys.")
-        if name not in vectors:
+        if name not in vectors and not (name in images and name in keys):
             raise ValueError(
-                f"{info_path}: {name} is of dtype {shapes[name][0]} and shape {shapes[name][1]}. Only vectors are read: "
-                f"obs_keys can be {[vector for vector in vectors if vector.startswith('observation')]}."
+                f"{info_path}: {name} is of dtype {shapes[name][0]} and shape {shapes[name][1]}. Only vectors and images are "
+                f"read: obs_keys can be {readable}."
             )
     optional = [name for name in ("next.reward", "next.done") if name in vectors]
-    table = _read_folder(folder, list(dict.fromkeys(["episode_index", "frame_index", "action", *keys, *optional])))
+    seen = [name for name in keys if name in vectors]
+    table = _read_folder(folder / "data", list(dict.fromkeys(["action", "episode_index", "frame_index", *seen, *optional])))
 
     episode, frame = table["episode_index"][:, 0], table["frame_index"][:, 0]
     total = info.get("total_frames")
@@ -45,9 +49,16 @@ def from_lerobot(folder: Path, selection: Selection | None) -> dict[str, Any]:
             f"{folder}/data: frame_index of episode {number} must count 0 … {lengths[numbers == number][0] - 1}, but frames "
             "are missing or there twice."
         )
+    parts: dict[str, Rows] = {key: table[key][order] for key in seen}
+    for key in set(keys) - set(seen):
+        dtype, shape = shapes[key][0], _image_shape(shapes[key][1])
+        if dtype == "image":
+            parts[key] = images_of_parquet(_files(folder / "data"), key, shape, order)
+        else:
+            parts[key] = images_of_videos(_places(folder, key, info, numbers), key, shape, lengths)
     # Nothing in the folder names an env.
     return dict(
-        observations=select({key: table[key][order] for key in keys}, selection, folder),
+        observations=select(parts, selection, folder),
         actions=table["action"][order].astype(np.float32),
         traj_lengths=lengths,
         rewards=table["next.reward"][order, 0] if "next.reward" in table else None,
@@ -55,17 +66,56 @@ def from_lerobot(folder: Path, selection: Selection | None) -> dict[str, Any]:
     )
 
 
+def _image_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(H, W, C) of an image, whose channels may come first; empty if it is none."""
+    if len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape):
+        return ()
+    shape = shape if shape[2] in CHANNELS else (*shape[1:], shape[0])
+    return shape if shape[2] in CHANNELS else ()
+
+
+def _places(folder: Path, key: str, info: dict[str, Any], numbers: np.ndarray) -> list[tuple[Path, float, float]]:
+    """For each of these episodes the file of its video, the time at which it begins there, and frames per second."""
+    fps = info.get("fps")
+    if not isinstance(fps, (int, float)) or not fps > 0:
+        raise ValueError(f"{folder / 'meta' / 'info.json'}: fps={fps!r} must be a positive number.")
+    if not (folder / "meta" / "episodes").is_dir():  # before version 3
+        videos = {path.stem: path for path in sorted(folder.glob(f"videos/*/{key}/episode_*.mp4"))}
+        names = [f"episode_{number:06d}" for number in numbers]
+        missing = [name for name in names if name not in videos]
+        if missing:
+            raise ValueError(f"{folder}/videos lacks chunk-000/{key}/{missing[0]}.mp4: it was not downloaded.")
+        return [(videos[name], 0.0, fps) for name in names]
+    columns = [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+    table = _read_folder(folder / "meta" / "episodes", ["episode_index", *columns])
+    row_of = {int(number): row for row, number in enumerate(table["episode_index"][:, 0])}
+    unknown = [number for number in numbers.tolist() if number not in row_of]
+    if unknown:
+        raise ValueError(f"{folder}/meta/episodes lacks episode {unknown[0]}.")
+    rows = [row_of[number] for number in numbers.tolist()]
+    chunks, files, starts = (table[name][rows, 0] for name in columns)
+    paths = [
+        folder / "videos" / key / f"chunk-{int(c):03d}" / f"file-{int(f):03d}.mp4" for c, f in zip(chunks, files, strict=True)
+    ]
+    return [(path, float(start), fps) for path, start in zip(paths, starts, strict=True)]
+
+
+def _files(folder: Path) -> list[Path]:
+    """LeRobot's files of a folder, in order."""
+    paths = sorted(folder.glob("*/*.parquet"))
+    if not paths:
+        raise ValueError(f"{folder} holds no chunk-000/file-000.parquet: the data was not downloaded.")
+    return paths
+
+
 def _read_folder(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
-    """Columns of all files of a folder by name, shape (frames, size)."""
+    """Columns of all files of a folder by name, shape (rows, size)."""
     try:
         import pyarrow as pa
     except ImportError as error:
         raise ImportError(f"{folder} is a LeRobot folder, which needs pyarrow: pip install 'sb3-dppo[lerobot]'.") from error
-    paths = sorted((folder / "data").glob("*/*.parquet"))
-    if not paths:
-        raise ValueError(f"{folder}/data holds no chunk-000/file-000.parquet: the data was not downloaded.")
     columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for path in paths:
+    for path in _files(folder):
         try:
             values = _read_file(path, names)
         except (OSError, ValueError, pa.ArrowException) as error:
@@ -76,8 +126,8 @@ def _read_folder(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
                     f"{path}: {name} has {column.shape[1]} columns, but {columns[name][0].shape[1]} in other files."
                 )
             columns[name].append(column)
-    if not columns["action"]:
-        raise ValueError(f"{folder}/data holds no frames.")
+    if not columns[names[0]]:
+        raise ValueError(f"{folder} holds no rows.")
     return {name: np.concatenate(values) for name, values in columns.items()}
 
 

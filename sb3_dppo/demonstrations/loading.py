@@ -36,8 +36,9 @@ def load_demonstrations(
     beside a file whose values are all in [-1, 1] and whose ``meta`` does not have ``"units": "env"``, as that of
     :meth:`Demonstrations.save` has.
 
-    Images are read from the file when they are used. Where that is not possible, in compressed .npz files and in Minari
-    datasets, they are unpacked once into a temporary file, in the folder that the environment variable ``TMPDIR`` names.
+    Images are read from the file when they are used. Where that is not possible, in compressed .npz files, Minari datasets
+    and LeRobot folders, they are unpacked once into a temporary file, in the folder that the environment variable ``TMPDIR``
+    names.
 
     :param source: A bundled set ("hopper-medium", "metaworld-pick-place"), the path of an .npz file, of a robomimic file
         (.hdf5) or of a LeRobot folder (the one with ``meta`` and ``data`` in it), "minari:" and the id of a local Minari

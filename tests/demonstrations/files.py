@@ -1,5 +1,6 @@
 """Files of every format, and envs and models for them."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 from gymnasium import spaces
+from PIL import Image
 
 from sb3_dppo import DPPO, Demonstrations
 from sb3_dppo.features.extractors import VitExtractor
@@ -137,20 +139,29 @@ def lerobot_frames(lengths: tuple[int, ...]) -> dict[str, np.ndarray]:
     }
 
 
+def as_png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image.squeeze()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def write_lerobot(
     folder: Path,
     frames: dict[str, np.ndarray],
     parts: list[np.ndarray],
     info: dict[str, Any] | None = None,
     name: str = "file",
+    images: np.ndarray | None = None,
 ) -> Path:
-    """A folder as LeRobot's are, each part of the frames in a file of its own."""
+    """A folder as LeRobot's are, each part of the frames in a file of its own, with images (N, H, W, C) as PNG."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     features = {
         key: dict(dtype=str(values.dtype), shape=list(values.shape[1:]) or [1], names=None) for key, values in frames.items()
     }
     features["observation.images.top"] = dict(dtype="video", shape=[48, 64, 3], names=["height", "width", "channel"])
     features["observation.map"] = dict(dtype="float32", shape=[4, 4], names=None)
+    if images is not None:
+        features["observation.image"] = dict(dtype="image", shape=list(images.shape[1:]), names=None)
     content = dict(codebase_version="v3.0", fps=10, total_frames=len(frames["index"]), features=features)
     (folder / "meta").mkdir(parents=True)
     (folder / "meta" / "info.json").write_text(json.dumps({**content, **(info or {})}))
@@ -162,6 +173,9 @@ def write_lerobot(
             else pa.array(values[rows])
             for key, values in frames.items()
         }
+        if images is not None:
+            kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+            columns["observation.image"] = pa.array([dict(bytes=as_png(image), path=None) for image in images[rows]], kind)
         (folder / "data" / f"chunk-{i:03d}").mkdir(parents=True)
         pq.write_table(pa.table(columns), folder / "data" / f"chunk-{i:03d}" / f"{name}-000.parquet", row_group_size=4)
     return folder
