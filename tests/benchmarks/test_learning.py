@@ -172,7 +172,9 @@ def test_a_bad_study_ends_the_program_without_a_traceback(tmp_path: Path) -> Non
 
 
 def test_the_studies_here() -> None:
-    defaults, million = (study.read_study(BENCHMARKS / "studies" / f"{name}.yml") for name in ("defaults", "million"))
+    studies = {path.stem: study.read_study(path) for path in (BENCHMARKS / "studies").glob("*.yml")}
+    assert all(read.runs() for read in studies.values())
+    defaults, million = studies["defaults"], studies["million"]
     runs = defaults.runs()
     assert len(runs) == 8 * 3 * 3 and [run.seed for run in runs[:24]] == [0] * 24
     assert all(run.arguments == {} and run.settings == "defaults" for run in runs)
