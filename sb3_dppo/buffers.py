@@ -11,8 +11,25 @@ from stable_baselines3.common.buffers import BaseBuffer, RolloutBuffer
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import PyTorchObs, TensorDict
 
+from sb3_dppo import ranks
 from sb3_dppo.diffusion.sampler import LOG_PROB_RANGE, mean_log_prob
 from sb3_dppo.features.observations import parts_of, parts_of_space, take
+
+
+class WholeMinibatch(NamedTuple):
+    """
+    Of a minibatch that several ranks have a share of each, all.
+
+    :param advantages: Of its pairs, shape (M,).
+    :param own_pairs: Which of them are this rank's, shape (N,).
+    :param n_values: The critic's decisions in it.
+    :param own_values: Which of them are this rank's, shape (V,).
+    """
+
+    advantages: th.Tensor
+    own_pairs: th.Tensor
+    n_values: int
+    own_values: th.Tensor
 
 
 class DenoisingRolloutBufferSamples(NamedTuple):
@@ -33,6 +50,7 @@ class DenoisingRolloutBufferSamples(NamedTuple):
     :param value_index: The critic's decisions, shape (V,).
     :param bc_noise: Noise for chains of the base policy, shape (S+1, M, Tp, Da), or ``None``.
     :param bc_index: Their decisions, shape (M,). ``None`` means ``decision_index``.
+    :param whole: The minibatch that this is one rank's share of, or ``None`` if this is all of it.
     """
 
     observations: TensorDict | th.Tensor
@@ -48,6 +66,17 @@ class DenoisingRolloutBufferSamples(NamedTuple):
     value_index: th.Tensor
     bc_noise: th.Tensor | None = None
     bc_index: th.Tensor | None = None
+    whole: WholeMinibatch | None = None
+
+    @property
+    def n_pairs(self) -> int:
+        """Pairs of the minibatch, those of all ranks."""
+        return len(self.decision_index if self.whole is None else self.whole.advantages)
+
+    @property
+    def n_values(self) -> int:
+        """The critic's decisions in the minibatch, those of all ranks."""
+        return len(self.value_index) if self.whole is None else self.whole.n_values
 
     def pairs(self, rows: slice) -> "DenoisingRolloutBufferSamples":
         """The minibatch with these pairs only, without a copy."""
@@ -148,6 +177,8 @@ class DenoisingRolloutBuffer(RolloutBuffer):
     advantages: th.Tensor  # type: ignore[assignment]
     returns: th.Tensor  # type: ignore[assignment]
     executed: th.Tensor
+    all_advantages: th.Tensor
+    local_index: th.Tensor | None
     env_index: np.ndarray
     rewards: np.ndarray
     n_executed: np.ndarray
@@ -218,7 +249,7 @@ class DenoisingRolloutBuffer(RolloutBuffer):
             # What the running return is worth after this decision is discounted by how long the decision lasts.
             discounted[rows] = scaler.returns[envs] + self.rewards[rows]
             scaler.returns[envs] = np.where(self.episode_end[rows], 0.0, discounts[rows] * discounted[rows])
-        scaler.statistics.update(discounted)
+        scaler.statistics.update_from_moments(*ranks.moments(discounted))
         self.rewards[: self.pos] = scaler.scale(self.rewards[: self.pos])
 
     def compute_returns_and_advantage(self, last_values: th.Tensor) -> None:  # type: ignore[override]
@@ -240,17 +271,40 @@ class DenoisingRolloutBuffer(RolloutBuffer):
         self.advantages = self.to_torch(advantages.astype(np.float32))
         self.executed = self.to_torch(self.n_executed[: self.pos])
         self.returns = self.advantages + self.old_values[: self.pos]
+        self.all_advantages, self.local_index = self.advantages, None
+        if ranks.size() > 1:
+            self._exchange(advantages)
+
+    def _exchange(self, advantages: np.ndarray) -> None:
+        """
+        Learn the advantages of all ranks' decisions, in the order in which one process with all envs would have made them:
+        ``all_advantages``, shape (A,), and which of this rank's each is, or -1, ``local_index``, shape (A,).
+        """
+        # The env step at which each decision was made.
+        start, clock = np.zeros(self.pos, dtype=int), np.zeros(self.n_envs, dtype=int)
+        for rows in self.rounds:
+            envs = self.env_index[rows]
+            start[rows] = clock[envs]
+            clock[envs] += self.n_executed[rows]
+        parts = ranks.gather((start, self.env_index[: self.pos], advantages.astype(np.float32)))
+        starts, envs, every = (np.concatenate([part[i] for part in parts]) for i in range(3))
+        owner = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
+        number = np.concatenate([np.arange(len(part[0])) for part in parts])
+        order = np.lexsort((envs, owner, starts))
+        self.all_advantages = self.to_torch(every[order])
+        self.local_index = self.to_torch(np.where(owner == ranks.rank(), number, -1)[order])
 
     def get(  # type: ignore[override]
         self, batch_size: int | None = None, shuffle: str = "pairs"
     ) -> Iterator[DenoisingRolloutBufferSamples]:
         """
-        One epoch: each (decision, denoising index) pair and each decision of the critic once, in random order.
+        One epoch: each (decision, denoising index) pair and each decision of the critic once, in random order. With several
+        ranks, minibatches are drawn from the decisions of all, and each gets its share.
 
         :param batch_size: Pairs in a minibatch, about: an epoch is split into nearly equal ones. ``None`` means all pairs.
         :param shuffle: "pairs" draws them from all decisions and steps, "decisions" keeps those of a decision together.
         """
-        D, K = self.pos, self.ft_denoising_steps
+        D, K = len(self.all_advantages), self.ft_denoising_steps
         n_batches = 1 if batch_size is None else max(1, round(D * K / batch_size))
         if shuffle == "pairs":
             group, pairs = 1, th.randperm(D * K, device=self.device)
@@ -265,8 +319,14 @@ class DenoisingRolloutBuffer(RolloutBuffer):
 
     def _get_samples(self, batch_inds: th.Tensor, value_index: th.Tensor) -> DenoisingRolloutBufferSamples:  # type: ignore[override]
         """A minibatch of pairs, numbered decision by decision, shape (N,), and the critic's decisions, shape (V,)."""
-        decision_index = batch_inds // self.ft_denoising_steps
+        decision_index, whole = batch_inds // self.ft_denoising_steps, None
         denoising_index = batch_inds % self.ft_denoising_steps
+        if self.local_index is not None:
+            own_pairs = (self.local_index[decision_index] >= 0).nonzero().flatten()
+            own_values = (self.local_index[value_index] >= 0).nonzero().flatten()
+            whole = WholeMinibatch(self.all_advantages[decision_index], own_pairs, len(value_index), own_values)
+            decision_index, denoising_index = self.local_index[decision_index[own_pairs]], denoising_index[own_pairs]
+            value_index = self.local_index[value_index[own_values]]
         # Clamped and averaged over action dimensions already, over executed actions only here.
         old_log_prob = self.log_probs[decision_index, denoising_index, :, None]
         return DenoisingRolloutBufferSamples(
@@ -281,10 +341,11 @@ class DenoisingRolloutBuffer(RolloutBuffer):
             chain_next=self.chains[decision_index, denoising_index + 1],
             old_log_prob=mean_log_prob(old_log_prob, self.executed[decision_index], self.first_action),
             value_index=value_index,
+            whole=whole,
         )
 
 
 def equal_slices(n: int, n_slices: int, group: int = 1) -> list[slice]:
-    """``n`` rows in ``n_slices`` nearly equal slices that keep ``group`` of them together."""
-    bounds = [group * (i * (n // group) // n_slices) for i in range(n_slices + 1)]
+    """``n`` rows in ``n_slices`` nearly equal slices that keep ``group`` of them together; of no rows, there may be none."""
+    bounds = [group * (i * (n // group) // max(1, n_slices)) for i in range(n_slices + 1)]
     return [slice(*bound) for bound in pairwise(bounds)]

@@ -5,13 +5,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import explained_variance, update_learning_rate
 
-from sb3_dppo import arguments
+from sb3_dppo import arguments, ranks
 from sb3_dppo.actor_critic import DiffusionActorCriticPolicy
 from sb3_dppo.buffers import DenoisingRolloutBuffer, DenoisingRolloutBufferSamples, RewardScaler
 from sb3_dppo.diffusion.acceleration import CPU_SLICE_SIZE, keep_freed_memory
@@ -259,6 +260,7 @@ class DPPO(DecisionRollouts):
         self.lr_schedule = make_schedule("learning_rate", *self._lr_arguments)
 
     def _setup_model(self) -> None:
+        ranks.join()
         self._setup_lr_schedule()
         # As PPO keeps them.
         if self.clip_range is not None:
@@ -328,9 +330,9 @@ class DPPO(DecisionRollouts):
         :return: The loss, and metrics that stay on the device: "policy_gradient_loss", "value_loss", "approx_kl",
             "clip_fraction", "ratio", "bc_loss", "base_kl" and "eta", with ``learn_std="state"`` also "std".
         """
-        settings, n_pairs = self._loss_settings(), len(samples.decision_index)
-        loss, metrics = actor_loss(self.policy, samples, self._advantages(samples), settings, n_pairs)
-        values = value_loss(self.policy, samples, settings.clip_range_vf, len(samples.value_index))
+        settings = self._loss_settings()
+        loss, metrics = actor_loss(self.policy, samples, self._advantages(samples), settings, samples.n_pairs)
+        values = value_loss(self.policy, samples, settings.clip_range_vf, samples.n_values)
         bc_loss = th.zeros_like(values)
         if settings.bc_coef > 0:
             bc_loss = behaviour_cloning_loss(self.policy, samples, samples.bc_noise.shape[1])  # type: ignore[union-attr]
@@ -352,10 +354,13 @@ class DPPO(DecisionRollouts):
     def _minibatches(self) -> Iterator[DenoisingRolloutBufferSamples]:
         """The minibatches of all epochs."""
         for _ in range(self.n_epochs):
+            ranks.share_random_numbers(self.device)
             for samples in self.rollout_buffer.get(self.batch_size, self.shuffle_mode):
                 if self.bc_coef > 0:
                     # One chain of the base policy per decision and epoch.
-                    noise = self.policy.draw_noise(len(samples.value_index))
+                    noise = self.policy.draw_noise(samples.n_values)
+                    if samples.whole is not None:
+                        noise = noise[:, samples.whole.own_values]
                     samples = samples._replace(bc_noise=noise, bc_index=samples.value_index)
                 yield samples
 
@@ -396,10 +401,16 @@ class DPPO(DecisionRollouts):
     def _log_update(
         self, history: dict[str, list[th.Tensor]], settings: LossSettings, learning_rates: dict[str, float]
     ) -> None:
-        for name, values in history.items():
-            self.logger.record(f"train/{name}", th.stack(values).mean().item())
+        # Of some minibatches a rank may have had no share.
+        means = {name: th.stack(values).sum().item() / len(history["loss"]) for name, values in history.items()}
+        for part in ranks.gather(means)[1:]:
+            # Of the whole minibatch already, or this rank's share of it.
+            means |= {name: means.get(name, 0.0) + value for name, value in part.items() if name not in ("loss", "approx_kl")}
+        for name, value in means.items():
+            self.logger.record(f"train/{name}", value)
         buffer = self.rollout_buffer
-        old_values, returns = buffer.old_values[: buffer.size()].cpu().numpy(), buffer.returns.cpu().numpy()
+        parts = ranks.gather((buffer.old_values[: buffer.size()].cpu().numpy(), buffer.returns.cpu().numpy()))
+        old_values, returns = (np.concatenate([part[i] for part in parts]) for i in range(2))
         self.logger.record("train/explained_variance", explained_variance(old_values, returns))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/learning_rate", learning_rates["learning_rate"])

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import torch as th
 
+from sb3_dppo import ranks
 from sb3_dppo.actor_critic import DiffusionActorCriticPolicy
 from sb3_dppo.buffers import DenoisingRolloutBufferSamples, equal_slices
 from sb3_dppo.losses import LossSettings, Metrics, actor_loss, behaviour_cloning_loss, value_loss
@@ -28,16 +29,33 @@ def compute_gradients(
     :param train_actor: Whether the actor is trained, or only the critic.
     :param n_slices: Slices of the minibatch whose gradients are accumulated one after the other, for the same result in less
         memory.
-    :return: The loss and the metrics.
+    :return: The loss and the metrics. With several ranks, gradients, "loss" and "approx_kl" are those of the whole minibatch,
+        and the other metrics add up to it.
     """
     for optimizer in policy.optimizers:
         optimizer.zero_grad()
-    metrics: Metrics = {}
+    # Those that all ranks add up, also one without a share.
+    metrics: Metrics = dict.fromkeys(("loss", "approx_kl") if train_actor else ("loss",), samples.returns.new_zeros(()))
     for loss, part_metrics in _losses_of_slices(policy, samples, advantages, settings, train_actor, n_slices):
         loss.backward()
         for name, value in {"loss": loss.detach(), **part_metrics}.items():
             metrics[name] = metrics[name] + value if name in metrics else value
+    if ranks.size() > 1:
+        _add_other_ranks(policy, metrics, train_actor)
     return metrics
+
+
+def _add_other_ranks(policy: DiffusionActorCriticPolicy, metrics: Metrics, train_actor: bool) -> None:
+    """Add up the ranks' gradients, losses and divergences, where one without a share has none."""
+    parameters: list[th.Tensor] = []
+    for optimizer in policy.optimizers if train_actor else [policy.critic_optimizer]:
+        parameters += optimizer.param_groups[0]["params"]
+    gradients = [th.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    for name in {"loss", "approx_kl"} & set(metrics):
+        metrics[name] = metrics[name].clone()
+    ranks.sum_over_ranks([*gradients, *(metrics[name] for name in ("loss", "approx_kl") if name in metrics)])
 
 
 def _losses_of_slices(
@@ -49,21 +67,22 @@ def _losses_of_slices(
     n_slices: int,
 ) -> Iterator[tuple[th.Tensor, Metrics]]:
     """Their sums, and those of the metrics, are the minibatch's: a graph at a time, each to be freed before the next."""
-    n_pairs, n_values = len(samples.decision_index), len(samples.value_index)
+    own_pairs, own_values = len(samples.decision_index), len(samples.value_index)
     if train_actor:
-        for rows in equal_slices(n_pairs, min(n_slices, n_pairs)):
-            yield actor_loss(policy, samples.pairs(rows), advantages[rows], settings, n_pairs)
+        for rows in equal_slices(own_pairs, min(n_slices, own_pairs)):
+            yield actor_loss(policy, samples.pairs(rows), advantages[rows], settings, samples.n_pairs)
     if train_actor and samples.bc_noise is not None and samples.bc_index is not None:
-        n_chains = len(samples.bc_index)
-        for rows in equal_slices(n_chains, min(n_slices, n_chains)):
+        own_chains = len(samples.bc_index)
+        for rows in equal_slices(own_chains, min(n_slices, own_chains)):
             part = samples._replace(bc_noise=samples.bc_noise[:, rows], bc_index=samples.bc_index[rows])
-            bc_loss = behaviour_cloning_loss(policy, part, n_chains)
+            # One for each of the critic's decisions.
+            bc_loss = behaviour_cloning_loss(policy, part, samples.n_values)
             yield settings.bc_coef * bc_loss, dict(bc_loss=bc_loss.detach())
     # Of about as many rows as the actor's.
-    n_slices = math.ceil(n_values * min(n_slices, n_pairs) / n_pairs)
-    for rows in equal_slices(n_values, max(1, min(n_slices, n_values))):
+    n_slices = math.ceil(own_values * min(n_slices, own_pairs) / max(1, own_pairs))
+    for rows in equal_slices(own_values, max(1, min(n_slices, own_values))):
         part = samples._replace(value_index=samples.value_index[rows])
-        values = value_loss(policy, part, settings.clip_range_vf, n_values)
+        values = value_loss(policy, part, settings.clip_range_vf, samples.n_values)
         yield settings.vf_coef * values, dict(value_loss=values.detach())
 
 

@@ -146,17 +146,18 @@ def pair_advantages(
     quantiles: tuple[float, float] = (0.0, 1.0),
 ) -> th.Tensor:
     """
-    Advantages of the pairs: normalised over the minibatch, clamped between two of its quantiles and discounted by the
+    Advantages of the pairs: normalised over the whole minibatch, clamped between two of its quantiles and discounted by the
     denoising steps that are still to come.
 
-    :param samples: A minibatch, the whole of it.
+    :param samples: A minibatch, or a rank's share.
     :param ft_denoising_steps: K'.
     :param gamma_denoising: Discount of a denoising step.
     :param normalize: Whether to normalise.
     :param quantiles: The two quantiles.
     :return: Shape (N,).
     """
-    advantages = samples.advantages[samples.decision_index]
+    whole = samples.whole
+    advantages = samples.advantages[samples.decision_index] if whole is None else whole.advantages
     if normalize and len(advantages) > 1:
         std, largest = advantages.std(), advantages.abs().max()
         normalized = (advantages - advantages.mean()) / (std + 1e-8)
@@ -165,6 +166,8 @@ def pair_advantages(
     if tuple(quantiles) != (0.0, 1.0):
         low, high = (advantages.quantile(quantile) for quantile in quantiles)
         advantages = advantages.clamp(low, high)
+    if whole is not None:
+        advantages = advantages[whole.own_pairs]
     steps_to_come = ft_denoising_steps - 1 - samples.denoising_index
     return advantages * gamma_denoising**steps_to_come
 

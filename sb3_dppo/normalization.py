@@ -11,6 +11,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_dppo.features.observations import vector_keys
+from sb3_dppo.ranks import moments
 
 EPS = 1e-6
 # Of running statistics: added to variances, and the clamp of what they normalise (as in SB3's VecNormalize).
@@ -98,7 +99,7 @@ class Normalizer(nn.Module):
             variance = (self.obs_scale.double().cpu().numpy() ** -2 - VARIANCE_EPS).clip(min=0.0)
             statistics.mean, statistics.var = self.obs_center.double().cpu().numpy(), variance
             statistics.count = self.obs_count.item()
-        statistics.update(vectors.double().cpu().numpy())
+        statistics.update_from_moments(*moments(vectors.double().cpu().numpy()))
         variance = np.maximum(variance, statistics.var)
         self.obs_center.copy_(th.as_tensor(statistics.mean))
         self.obs_scale.copy_(th.as_tensor(1 / np.sqrt(variance + VARIANCE_EPS)))

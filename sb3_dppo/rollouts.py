@@ -9,6 +9,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_dppo import ranks
 from sb3_dppo.actor_critic import DiffusionActorCriticPolicy
 from sb3_dppo.arguments import SAMPLER_ARGUMENTS, check_training_arguments
 from sb3_dppo.buffers import DenoisingRolloutBuffer, RewardScaler, equal_slices
@@ -92,6 +93,7 @@ class DecisionRollouts(ResumableAlgorithm):
         of ``n_rollout_steps`` env steps, at the beginning and at the end, stops it.
         """
         assert self._last_obs is not None, "No previous observation was provided"
+        ranks.share_random_numbers(self.device)
         self._begin_rollout()
         self._apply_settings()
         rollout_buffer = self.rollout_buffer  # another one if the settings have changed
@@ -122,11 +124,12 @@ class DecisionRollouts(ResumableAlgorithm):
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             dones = np.asarray(dones, dtype=bool)
             self._check_step(new_obs, rewards)
-            self.num_timesteps += env.num_envs
+            self.num_timesteps += env.num_envs * ranks.size()
 
             # Give access to local variables
             callback.update_locals(locals())
             if not callback.on_step():
+                ranks.all_agree(False)
                 self.reward_scaler.forget_episodes(env.num_envs)  # These decisions are dropped.
                 return False
 
@@ -136,6 +139,9 @@ class DecisionRollouts(ResumableAlgorithm):
             self._last_obs = new_obs  # type: ignore[assignment]
             self._last_episode_starts = dones
 
+        if not ranks.all_agree(True):
+            self.reward_scaler.forget_episodes(env.num_envs)
+            return False
         with th.no_grad():
             last_values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
         if self.scale_rewards:
@@ -182,13 +188,19 @@ class DecisionRollouts(ResumableAlgorithm):
         """
         with th.no_grad():
             features = self.policy.shared_features(obs)
-        sampled = self.policy.sample_chain(obs, features=features)
+        sampled = self.policy.sample_chain(obs, noise=self._draw_noise(len(env_index)), features=features)
         chunks = self.policy.executable(sampled.actions)
         # After the actions have left a GPU, so that it works while the envs step.
         with th.no_grad():
             values = self.policy.predict_values(obs, features)
         self.rollout_buffer.add(env_index, obs, sampled.chain, sampled.log_prob, values)
         return chunks, values, sampled.log_prob.mean(dim=(1, 2, 3))
+
+    def _draw_noise(self, n: int) -> th.Tensor:
+        """For n of the envs. Where all plan, in all ranks, it is this rank's part of what one process would draw for all."""
+        if n < self.n_envs or ranks.size() == 1:
+            return self.policy.draw_noise(n)
+        return self.policy.draw_noise(n * ranks.size()).chunk(ranks.size(), dim=1)[ranks.rank()].contiguous()
 
     def _end_episodes(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
         """Tell the buffer which episodes have ended, with the value of the last observation of those that were truncated."""

@@ -1,5 +1,6 @@
 """RL Zoo: registration of DPPO, its hyperparameters and its search space."""
 
+import atexit
 import functools
 import inspect
 import json
@@ -7,6 +8,7 @@ import os
 import re
 import runpy
 import sys
+import tempfile
 import zipfile
 from importlib.resources import files
 from importlib.util import find_spec
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from stable_baselines3.common.callbacks import ProgressBarCallback
 
+from sb3_dppo import ranks
 from sb3_dppo.dppo import DPPO
 
 if TYPE_CHECKING:
@@ -61,6 +64,8 @@ def _with_our_arguments(init: Any) -> Any:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         arguments = signature.bind(*args, **kwargs).arguments
         if arguments["algo"] == "dppo":
+            if ranks.launched_rank() > 0:
+                arguments |= _silence()
             agent = arguments.get("trained_agent", "")
             if arguments.get("config") is None:
                 arguments["config"] = str(hyperparams_file(agent))
@@ -72,6 +77,14 @@ def _with_our_arguments(init: Any) -> Any:
         init(**arguments)
 
     return wrapped
+
+
+def _silence() -> dict[str, Any]:
+    """Of several processes, the first one prints, evaluates and saves: what the others are told instead."""
+    sys.stdout = open(os.devnull, "w")
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return dict(log_folder=folder.name, tensorboard_log="", eval_freq=-1, save_freq=-1, verbose=0, show_progress=False)
 
 
 def _with_progress(objective: Any) -> Any:

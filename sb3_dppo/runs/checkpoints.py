@@ -4,12 +4,13 @@ import random
 import warnings
 from collections import deque
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch as th
 
+from sb3_dppo import ranks
 from sb3_dppo.buffers import RewardScaler
 from sb3_dppo.runs.faults import has_attr
 
@@ -31,6 +32,7 @@ class RunState:
     env_states: list[Any] | None  # what each env's ``get_resume_state()`` returned
     last_obs: Any  # what the policy sees next, if the envs are in that state
     last_episode_starts: np.ndarray | None  # whether it is the first of an episode, shape (n_envs,)
+    of_ranks: list["RunState"] = field(default_factory=list)  # those of all, where there are several
 
     @classmethod
     def of(cls, model: Any) -> "RunState":
@@ -50,12 +52,33 @@ class RunState:
             last_episode_starts=model._last_episode_starts,
         )
 
+    @classmethod
+    def of_all(cls, model: Any) -> "RunState":
+        """The same, which also knows the states of the other ranks. All of them call it at once."""
+        state = cls.of(model)
+        if ranks.size() > 1:
+            state.of_ranks = ranks.gather(state)
+        return state
+
     def restore(self, model: Any) -> None:
         """
         Bring a loaded model and its env into this state. An env that can't be brought there is reset, with a seed that
         follows from it, so that what comes depends on nothing else. If the model's ``_last_obs`` is there (it was loaded with
         ``force_reset=False``), its env is where it was when the file was saved: here, or further on in this rollout.
         """
+        if len(self.of_ranks) == ranks.size() > 1:
+            self.of_ranks[ranks.rank()]._restore_own(model)
+            return
+        if max(1, len(self.of_ranks)) != ranks.size():
+            warnings.warn(
+                f"The file was saved by {max(1, len(self.of_ranks))} process(es) and goes on in {ranks.size()}: with what was "
+                "learned, but not exactly.",
+                stacklevel=5,
+            )
+        self._restore_own(model)
+
+    def _restore_own(self, model: Any) -> None:
+        """The same for this rank's own state."""
         self._restore_around_env(model)
         if model._last_obs is not None:
             if model.num_timesteps == self.num_timesteps:
@@ -66,7 +89,7 @@ class RunState:
                 "after the start of a rollout, from which training goes on, and the env is not there any more.",
                 stacklevel=5,
             )
-        model.env.seed(int(th.randint(2**31, ())))
+        model.env.seed(int(th.randint(2**31, ())) + ranks.rank() * model.n_envs)
         # For an env whose state is set, too: wrappers such as Monitor must have seen a reset.
         model._last_obs = model.env.reset()
         model._last_episode_starts = np.ones(model.n_envs, dtype=bool)

@@ -11,6 +11,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 
+from sb3_dppo import ranks
 from sb3_dppo.runs.checkpoints import RunState
 from sb3_dppo.runs.faults import EnvGuard, changes_numbers, check_finite, interruptible
 from sb3_dppo.runs.files import atomic_write
@@ -49,8 +50,12 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         :param seed: The seed; ``None`` leaves everything as it is.
         """
         super().set_random_seed(seed)
-        if seed is not None and hasattr(self, "policy"):
+        if seed is None:
+            return
+        if hasattr(self, "policy"):
             self.policy.seed(seed)
+        if self.env is not None and ranks.rank() > 0:
+            self.env.seed(seed + ranks.rank() * self.n_envs)
 
     def learn(
         self: SelfResumable,
@@ -77,12 +82,17 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
             raise ValueError("The model has no env to learn in: load it with load(path, env=env), or call set_env(env).")
         self._check_before_learning()
         with interruptible(self._describe_interruption), EnvGuard(self):
-            return super().learn(int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+            super().learn(int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        if ranks.size() > 1:  # The first rank saves the states of all, which it can't ask for then.
+            self._rollout_start = RunState.of_all(self)
+        return self
 
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
         run_state, self._run_state, self._rollout_start = self._run_state, None, None
+        if ranks.rank() > 0:  # The first one tells.
+            self.verbose, self.tensorboard_log = 0, None
         if run_state is not None and not reset_num_timesteps:
             run_state.restore(self)
         total_timesteps, callback = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
@@ -90,6 +100,14 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
             # After ``total_timesteps`` was counted from where the file was saved: what was collected of its rollout is
             # collected again.
             self.num_timesteps = self._num_timesteps_at_start = run_state.num_timesteps
+        if ranks.size() > 1:
+            ranks.check_same("n_envs", self.n_envs)
+            ranks.same_parameters(self.policy)
+            if self.get_vec_normalize_env() is not None:
+                raise ValueError(
+                    "VecNormalize in several processes: each would normalise by other statistics. Leave it out: "
+                    "normalize_observations and scale_rewards do its work."
+                )
         # Else the first rollout would follow the schedules as the last call left them.
         self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
         assert self._last_episode_starts is not None
@@ -102,7 +120,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         self._current_progress_remaining = max(0.0, 1.0 - num_timesteps / total_timesteps)
 
     def _begin_rollout(self) -> None:
-        self._rollout_start = RunState.of(self)
+        self._rollout_start = RunState.of_all(self)
 
     def _begin_update(self) -> None:
         self._rollout_start = None
@@ -116,7 +134,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
 
     def describe_env_step(self) -> str:
         """Which env step is being made, for errors."""
-        return f"after env step {self.num_timesteps // self.n_envs + 1} (num_timesteps={self.num_timesteps})"
+        return f"after env step {self.num_timesteps // (self.n_envs * ranks.size()) + 1} (num_timesteps={self.num_timesteps})"
 
     def _describe_interruption(self) -> str:
         """Where training is, for the one who interrupts it."""

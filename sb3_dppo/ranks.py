@@ -1,0 +1,123 @@
+"""
+Training in several processes, the *ranks*, each with envs of its own: what they tell each other (torch.distributed). Alone, a
+process is the only rank and nothing is sent.
+"""
+
+import atexit
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch as th
+import torch.distributed as dist
+from torch import nn
+
+
+def join() -> None:
+    """Join the other ranks, if torchrun has started this process as one of several."""
+    if not dist.is_available() or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if not dist.is_torchelastic_launched():  # WORLD_SIZE may be there for another reason.
+        return
+    if th.cuda.is_available():
+        th.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Tensors of a GPU go by NCCL, others by Gloo.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if th.cuda.is_available() else "gloo")
+    atexit.register(leave)
+
+
+def leave() -> None:
+    """Leave the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launched_rank() -> int:
+    """The number that torchrun has given to this process, also before it has joined the others; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0)) if dist.is_available() and dist.is_torchelastic_launched() else 0
+
+
+def size() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this one, from 0."""
+    return dist.get_rank() if size() > 1 else 0
+
+
+def sum_over_ranks(tensors: Iterable[th.Tensor]) -> None:
+    """Add up each of these tensors, in place and all at once."""
+    if size() == 1:
+        return
+    tensors = list(tensors)
+    flat = th.cat([tensor.detach().flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.detach().copy_(total.view_as(tensor))
+
+
+def gather(value: Any) -> list[Any]:
+    """What each rank passes, in their order."""
+    values: list[Any] = [value]
+    if size() > 1:
+        values = values * size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def all_agree(vote: bool) -> bool:
+    """Whether all ranks vote for it."""
+    return all(gather(vote))
+
+
+def moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """
+    :param values: Shape (n, ...); there may be another n in each rank.
+    :return: Mean and variance of those of all ranks, shape (...), and their number.
+    """
+    parts = gather((np.mean(values, axis=0), np.var(values, axis=0), len(values)))
+    if len(parts) == 1:
+        return parts[0]
+    means, variances, counts = (np.stack([part[i] for part in parts]) for i in range(3))
+    weights = (counts / counts.sum()).reshape(-1, *[1] * values[0].ndim)
+    mean = (weights * means).sum(axis=0)
+    return mean, (weights * (variances + (means - mean) ** 2)).sum(axis=0), int(counts.sum())
+
+
+def copy_from_first(tensors: Iterable[th.Tensor]) -> None:
+    """Take the values that these tensors have in the first rank."""
+    if size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def share_random_numbers(device: th.device) -> None:
+    """Let all ranks draw what the first one will, from PyTorch's generators."""
+    if size() == 1:
+        return
+    state = th.get_rng_state()
+    dist.broadcast(state, src=0)
+    th.set_rng_state(state)
+    if device.type == "cuda":
+        state = th.cuda.get_rng_state(device)
+        dist.broadcast(state, src=0)
+        th.cuda.set_rng_state(state, device)
+
+
+def check_same(what: str, value: Any) -> None:
+    """
+    :param what: What it is, for the error.
+    :param value: A number or text.
+    :raises ValueError: if it is not the same in all ranks.
+    """
+    values = gather(value)
+    if any(other != values[0] for other in values):
+        raise ValueError(f"{what} must be the same in all processes, not {values}.")
+
+
+def same_parameters(module: nn.Module) -> None:
+    """Let a network have the first rank's parameters and buffers."""
+    copy_from_first(module.state_dict().values())

@@ -1,0 +1,90 @@
+"""Training in two processes, each with half of the envs."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sb3_dppo import DPPO
+from tests.rank_program import CASES
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*program: str | Path, n_ranks: int = 2, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable]
+    if n_ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*command, "-m", *map(str, program)], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def play(scenario: str, folder: Path, n_ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    folder.mkdir(exist_ok=True)
+    return run("tests.rank_program", scenario, folder, n_ranks=n_ranks)
+
+
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    for n_ranks in (1, 2):
+        done = play("update_three_times", tmp_path / str(n_ranks), n_ranks)
+        assert done.returncode == 0, done.stderr
+    for case in CASES:
+        one, two = (np.load(tmp_path / str(n_ranks) / f"{case}.npz") for n_ranks in (1, 2))
+        assert set(one) == set(two)
+        for name in one:
+            # Means over episodes are of those that the first process has seen, times are its own.
+            if not name.startswith(("logged/rollout", "logged/time")):
+                tolerance = 1e-3 if name.startswith("logged") else 1e-6
+                np.testing.assert_allclose(two[name], one[name], rtol=tolerance, atol=tolerance, err_msg=f"{case}: {name}")
+
+
+def test_checkpoints_hold_the_states_of_all(tmp_path: Path) -> None:
+    assert play("train_and_save", tmp_path).returncode == 0
+    assert play("resume", tmp_path).returncode == 0
+    whole = np.load(tmp_path / "whole.npz")
+    for name in ("middle", "end"):
+        resumed = np.load(tmp_path / f"{name}.npz")
+        for key in (key for key in whole if not key.startswith("logged/time")):
+            np.testing.assert_array_equal(resumed[key], whole[key], err_msg=f"{name}: {key}")
+    alone = play("resume", tmp_path, n_ranks=1)
+    assert alone.returncode == 0 and "saved by 2 process(es) and goes on in 1: with what was learned" in alone.stderr
+    assert np.load(tmp_path / "end.npz")["num_timesteps"] == whole["num_timesteps"]
+
+
+def test_all_stop_when_one_does(tmp_path: Path) -> None:
+    assert play("stop", tmp_path).returncode == 0
+    assert [(tmp_path / f"stopped_{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+
+
+@pytest.mark.parametrize(
+    "scenario,message",
+    [
+        ("fail", "the simulator broke"),
+        ("different_envs", r"n_envs must be the same in all processes, not [1, 2]"),
+        ("vec_normalize", "VecNormalize in several processes"),
+    ],
+)
+def test_what_goes_wrong_in_one_ends_all(scenario: str, message: str, tmp_path: Path) -> None:
+    start = time.monotonic()
+    done = play(scenario, tmp_path)
+    assert done.returncode != 0 and message in done.stderr
+    assert time.monotonic() - start < 60
+
+
+def test_rl_zoo(tmp_path: Path) -> None:
+    arguments = "-f logs -n 512 --eval-freq 128 --eval-episodes 1 --seed 0 --device cpu"
+    parameters = "-params n_envs:1 n_steps:64 batch_size:64 n_epochs:1".split()
+    done = run("rl_zoo3.train", "--algo", "dppo", "--env", "Pendulum-v1", *arguments.split(), *parameters, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folders = [path.name for path in (tmp_path / "logs" / "dppo").iterdir()]
+    assert folders == ["Pendulum-v1_1"]
+    assert DPPO.load(tmp_path / "logs" / "dppo" / "Pendulum-v1_1" / "Pendulum-v1.zip").num_timesteps == 512
+    # Every 128 steps of an env, the one of each process.
+    evaluations = np.load(tmp_path / "logs" / "dppo" / "Pendulum-v1_1" / "evaluations.npz")
+    assert evaluations["timesteps"].tolist() == [256, 512]
+    # Four rollouts and two evaluations, told by the first one.
+    assert done.stdout.count("total_timesteps") == 6
