@@ -22,7 +22,7 @@ from sb3_dppo.losses import LossSettings, Metrics, actor_loss, behaviour_cloning
 from sb3_dppo.policies import POLICIES
 from sb3_dppo.rollouts import DecisionRollouts
 from sb3_dppo.runs.pretrained import read_pretrained
-from sb3_dppo.schedules import make_schedule
+from sb3_dppo.schedules import cooldown, make_schedule
 
 
 class DPPO(DecisionRollouts):
@@ -47,7 +47,8 @@ class DPPO(DecisionRollouts):
     :param env: The environment to learn from (if registered in Gym, can be str)
     :param learning_rate: Learning rate of the actor, a schedule
     :param critic_learning_rate: Learning rate of the critic, a schedule
-    :param lr_decay: "constant", or along which curve a factor of both learning rates goes to zero: "linear" or "cosine"
+    :param lr_decay: "constant", or along which curve a factor of the learning rates goes to zero: "linear" or "cosine", with
+        the progress remaining, or "cooldown", linear over the last third of each call of :meth:`learn` (Hägele et al. 2024)
     :param lr_warmup: Fraction of training in which they first rise linearly from zero
     :param n_steps: Env steps per env and rollout, a multiple of ``act_steps``
     :param batch_size: (decision, denoising step) pairs in a minibatch, about: an epoch is split into nearly equal ones
@@ -114,7 +115,7 @@ class DPPO(DecisionRollouts):
         env: GymEnv | str,
         learning_rate: float | Schedule = 3e-4,
         critic_learning_rate: float | str | Schedule = 1e-3,
-        lr_decay: str = "constant",
+        lr_decay: str = "cooldown",
         lr_warmup: float = 0.0,
         n_steps: int = 1024,
         batch_size: int = 128,
@@ -381,10 +382,12 @@ class DPPO(DecisionRollouts):
         if self._lr_arguments != (self.learning_rate, self.lr_decay, self.lr_warmup):
             self._setup_lr_schedule()
         progress, shape = self._current_progress_remaining, (self.lr_decay, self.lr_warmup)
-        return dict(learning_rate=self.lr_schedule(progress)) | {
+        rates = dict(learning_rate=self.lr_schedule(progress)) | {
             name: make_schedule(name, getattr(self, name), *shape)(progress)
             for name in ("critic_learning_rate", "eta_learning_rate")
         }
+        factor = cooldown(self._remaining_of_run()) if self.lr_decay == "cooldown" else 1.0
+        return {name: factor * rate for name, rate in rates.items()}
 
     def _anneal(self, n_steps: int) -> None:
         """Fine-tune fewer denoising steps from now on, over what has been learned so far as the base policy."""

@@ -7,7 +7,9 @@ from typing import Any
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 
-DECAYS = ("constant", "linear", "cosine")
+DECAYS = ("constant", "linear", "cosine", "cooldown")
+# The last part of a run, in which learning rates cool down.
+COOLDOWN = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,8 @@ class DecaySchedule:
     A number that first rises linearly from zero and then goes to zero, or stays.
 
     :param value: The number, or a function of the progress remaining, from 1 to 0
-    :param decay: "constant", or along which curve a factor of it goes to zero: "linear" or "cosine"
+    :param decay: "constant", or along which curve a factor of it goes to zero: "linear" or "cosine". "cooldown" is none here:
+        see :func:`cooldown`.
     :param warmup: Fraction of training in which it rises
     :raises ValueError: for another decay or fraction, under the names that they have in DPPO
     """
@@ -37,8 +40,16 @@ class DecaySchedule:
         if done < self.warmup:
             return done / self.warmup * value
         remaining = (1.0 - done) / (1.0 - self.warmup)
-        factors = dict(constant=1.0, linear=remaining, cosine=0.5 * (1.0 - math.cos(math.pi * remaining)))
-        return factors[self.decay] * value
+        factors = dict(linear=remaining, cosine=0.5 * (1.0 - math.cos(math.pi * remaining)))
+        return factors.get(self.decay, 1.0) * value
+
+
+def cooldown(remaining: float) -> float:
+    """
+    :param remaining: What remains of a run, from 1 to 0.
+    :return: A factor that stays 1 and goes to zero linearly over the last third.
+    """
+    return min(1.0, remaining / COOLDOWN)
 
 
 def make_schedule(name: str, value: Any, decay: str = "constant", warmup: float = 0.0) -> FloatSchedule:

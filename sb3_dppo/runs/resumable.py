@@ -39,6 +39,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         self._rollout_start: RunState | None = None
         # In files, and in a model that was loaded from one, until it learns.
         self._run_state: RunState | None = None
+        # Env steps before the call of ``learn``, or before the first one of a run that was interrupted.
+        self._start_of_run = 0
 
     def _check_before_learning(self) -> None:
         """Check what only matters for training: a loaded model may have another number of envs, or never be trained."""
@@ -95,11 +97,15 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
             self.verbose, self.tensorboard_log = 0, None
         if run_state is not None and not reset_num_timesteps:
             run_state.restore(self)
+        total_before = self._total_timesteps
         total_timesteps, callback = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
         if run_state is not None and not reset_num_timesteps:
             # After ``total_timesteps`` was counted from where the file was saved: what was collected of its rollout is
             # collected again.
             self.num_timesteps = self._num_timesteps_at_start = run_state.num_timesteps
+        # What was interrupted goes on to the same total.
+        if reset_num_timesteps or total_timesteps != total_before:
+            self._start_of_run = self.num_timesteps
         if ranks.size() > 1:
             ranks.check_same("n_envs", self.n_envs)
             ranks.same_parameters(self.policy)
@@ -118,6 +124,15 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout may go beyond the total: schedules end at 0 and not below, where learning rates would be negative.
         self._current_progress_remaining = max(0.0, 1.0 - num_timesteps / total_timesteps)
+
+    def _remaining_of_run(self) -> float:
+        """
+        What remained of this call of :meth:`learn`, from 1 to 0, when its current rollout began. Other than the progress
+        remaining, it is 1 at the beginning of each call, whatever was learned before, and above 0 in every update.
+        """
+        rollout = self.n_steps * self.n_envs * ranks.size()
+        done = self.num_timesteps - rollout - self._start_of_run
+        return min(1.0, 1.0 - done / max(1, self._total_timesteps - self._start_of_run))
 
     def _begin_rollout(self) -> None:
         self._rollout_start = RunState.of_all(self)
