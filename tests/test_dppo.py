@@ -437,6 +437,37 @@ def test_annealing_does_not_change_what_the_policy_does() -> None:
     th.testing.assert_close(model.policy.sample_chain(obs, noise=noise).actions, before, rtol=1e-5, atol=1e-5)
 
 
+def test_learning_rates_cool_down_at_the_end_of_each_run(tmp_path: Path) -> None:
+    def rates_of(model: DPPO, total_timesteps: int, **kwargs: Any) -> list[float]:
+        rates: list[float] = []
+
+        class Note(BaseCallback):
+            def _on_step(self) -> bool:
+                if self.num_timesteps == 8 * 16 + 5:
+                    self.model.save(tmp_path / "ninth_rollout")
+                return True
+
+            def _on_rollout_start(self) -> None:
+                rates.append(self.model.policy.optimizer.param_groups[0]["lr"])  # of the update before
+
+        model.learn(total_timesteps, callback=Note(), **kwargs)
+        return [*rates[1:], model.policy.optimizer.param_groups[0]["lr"]]
+
+    def fresh() -> DPPO:
+        return make_model(make_vec_env("Pendulum-v1"), learning_rate=0.01, n_steps=16, n_epochs=1)
+
+    model = fresh()
+    whole = rates_of(model, 160)
+    np.testing.assert_allclose(whole, [0.01] * 7 + [0.009, 0.006, 0.003], rtol=1e-6)
+    # Another call is another run, as long as it is itself.
+    np.testing.assert_allclose(rates_of(model, 48, reset_num_timesteps=False), [0.01] * 3, rtol=1e-6)
+    np.testing.assert_allclose(rates_of(fresh(), 16), [0.01], rtol=1e-6)
+    # One that was interrupted goes on.
+    loaded = DPPO.load(tmp_path / "ninth_rollout", env=make_vec_env("Pendulum-v1"))
+    rates = rates_of(loaded, 160 - loaded.num_timesteps, reset_num_timesteps=False)
+    assert rates == whole[8:]
+
+
 @pytest.mark.parametrize(
     "lr_decay,expected",
     [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 2 / 3, 1 / 3]), ("cosine", [0.5, 1, 0.75, 0.25])],
