@@ -17,7 +17,7 @@ from sb3_dppo.actor_critic import DiffusionActorCriticPolicy
 from sb3_dppo.buffers import DenoisingRolloutBuffer, DenoisingRolloutBufferSamples, RewardScaler
 from sb3_dppo.diffusion.acceleration import CPU_SLICE_SIZE, keep_freed_memory
 from sb3_dppo.features.observations import check_observation_space
-from sb3_dppo.gradients import check_update, compute_gradients, gradient_step
+from sb3_dppo.gradients import check_update, compute_gradients, gradient_step, mean_metrics
 from sb3_dppo.losses import LossSettings, Metrics, actor_loss, behaviour_cloning_loss, clip_ranges, pair_advantages, value_loss
 from sb3_dppo.policies import POLICIES
 from sb3_dppo.rollouts import DecisionRollouts
@@ -404,12 +404,7 @@ class DPPO(DecisionRollouts):
     def _log_update(
         self, history: dict[str, list[th.Tensor]], settings: LossSettings, learning_rates: dict[str, float]
     ) -> None:
-        # Of some minibatches a rank may have had no share.
-        means = {name: th.stack(values).sum().item() / len(history["loss"]) for name, values in history.items()}
-        for part in ranks.gather(means)[1:]:
-            # Of the whole minibatch already, or this rank's share of it.
-            means |= {name: means.get(name, 0.0) + value for name, value in part.items() if name not in ("loss", "approx_kl")}
-        for name, value in means.items():
+        for name, value in mean_metrics(history).items():
             self.logger.record(f"train/{name}", value)
         buffer = self.rollout_buffer
         parts = ranks.gather((buffer.old_values[: buffer.size()].cpu().numpy(), buffer.returns.cpu().numpy()))

@@ -1,7 +1,7 @@
 """Gradient steps: the losses' gradients, slice by slice, and what becomes of them."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch as th
 
@@ -98,6 +98,19 @@ def gradient_step(optimizers: Iterable[th.optim.Optimizer], loss: th.Tensor, max
             optimizer.step()
         elif not not_finite:
             optimizer.step()
+
+
+def mean_metrics(history: Mapping[str, list[th.Tensor]]) -> dict[str, float]:
+    """
+    :param history: What :func:`compute_gradients` has returned in each gradient step of an update, by name.
+    :return: The means over these steps, those of all ranks.
+    """
+    # Of some minibatches a rank may have had no share.
+    means = {name: th.stack(values).sum().item() / len(history["loss"]) for name, values in history.items()}
+    for part in ranks.gather(means)[1:]:
+        # Of the whole minibatch already, or of this rank's share.
+        means |= {name: means.get(name, 0.0) + value for name, value in part.items() if name not in ("loss", "approx_kl")}
+    return means
 
 
 def check_update(policy: DiffusionActorCriticPolicy, losses: list[th.Tensor], where: str) -> None:
