@@ -44,7 +44,7 @@ class PictureEnv(gym.Env):
 
 
 CASES: dict[str, dict[str, Any]] = dict(
-    defaults={},
+    cooling_down=dict(lr_decay="cooldown"),
     learned_std=dict(learn_std="state", advantage_quantiles=(0.05, 0.95), target_kl=5e-4),
     learned_eta=dict(scheduler="ddim", learn_eta="state", min_sampling_std=0.1, ent_coef=0.01, policy_kwargs=DDIM),
     annealed=dict(
@@ -60,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = dict(
 def make_model(env_class: type[gym.Env], n_envs: int | None = None, **changes: Any) -> DPPO:
     env = DummyVecEnv([env_class] * (n_envs or N_ENVS // ranks.size()))
     arguments: dict[str, Any] = dict(policy="DiffusionMlpPolicy", n_steps=16, batch_size=48, n_epochs=2, seed=0, device="cpu")
+    arguments["lr_decay"] = "constant"  # so that one run and two shorter ones are the same
     return DPPO(env=env, **{**arguments, **changes})
 
 

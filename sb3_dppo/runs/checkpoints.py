@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from sb3_dppo import ranks
+import sb3_dppo.ranks as ranks
 from sb3_dppo.buffers import RewardScaler
 from sb3_dppo.runs.faults import has_attr
 

@@ -11,7 +11,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 
-from sb3_dppo import ranks
+import sb3_dppo.ranks as ranks
 from sb3_dppo.runs.checkpoints import RunState
 from sb3_dppo.runs.faults import EnvGuard, changes_numbers, check_finite, interruptible
 from sb3_dppo.runs.files import atomic_write
