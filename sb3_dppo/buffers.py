@@ -273,9 +273,9 @@ class DenoisingRolloutBuffer(RolloutBuffer):
         self.returns = self.advantages + self.old_values[: self.pos]
         self.all_advantages, self.local_index = self.advantages, None
         if ranks.size() > 1:
-            self._exchange(advantages)
+            self._exchange()
 
-    def _exchange(self, advantages: np.ndarray) -> None:
+    def _exchange(self) -> None:
         """
         Learn the advantages of all ranks' decisions, in the order in which one process with all envs would have made them:
         ``all_advantages``, shape (A,), and which of this rank's each is, or -1, ``local_index``, shape (A,).
@@ -286,7 +286,7 @@ class DenoisingRolloutBuffer(RolloutBuffer):
             envs = self.env_index[rows]
             start[rows] = clock[envs]
             clock[envs] += self.n_executed[rows]
-        parts = ranks.gather((start, self.env_index[: self.pos], advantages.astype(np.float32)))
+        parts = ranks.gather((start, self.env_index[: self.pos], self.advantages.cpu().numpy()))
         starts, envs, every = (np.concatenate([part[i] for part in parts]) for i in range(3))
         owner = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
         number = np.concatenate([np.arange(len(part[0])) for part in parts])

@@ -87,13 +87,6 @@ def moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     return mean, (weights * (variances + (means - mean) ** 2)).sum(axis=0), int(counts.sum())
 
 
-def copy_from_first(tensors: Iterable[th.Tensor]) -> None:
-    """Take the values that these tensors have in the first rank."""
-    if size() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor.detach(), src=0)
-
-
 def share_random_numbers(device: th.device) -> None:
     """Let all ranks draw what the first one will, from PyTorch's generators."""
     if size() == 1:
@@ -120,4 +113,5 @@ def check_same(what: str, value: Any) -> None:
 
 def same_parameters(module: nn.Module) -> None:
     """Let a network have the first rank's parameters and buffers."""
-    copy_from_first(module.state_dict().values())
+    for tensor in module.state_dict().values():
+        dist.broadcast(tensor, src=0)

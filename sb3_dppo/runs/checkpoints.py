@@ -3,8 +3,9 @@
 import random
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ class RunState:
     env_states: list[Any] | None  # what each env's ``get_resume_state()`` returned
     last_obs: Any  # what the policy sees next, if the envs are in that state
     last_episode_starts: np.ndarray | None  # whether it is the first of an episode, shape (n_envs,)
-    of_ranks: list["RunState"] = field(default_factory=list)  # those of all, where there are several
+    of_ranks: Sequence["RunState"] = ()  # those of all, where there are several
 
     @classmethod
     def of(cls, model: Any) -> "RunState":
@@ -66,15 +67,15 @@ class RunState:
         follows from it, so that what comes depends on nothing else. If the model's ``_last_obs`` is there (it was loaded with
         ``force_reset=False``), its env is where it was when the file was saved: here, or further on in this rollout.
         """
-        if len(self.of_ranks) == ranks.size() > 1:
-            self.of_ranks[ranks.rank()]._restore_own(model)
+        states = self.of_ranks or [self]
+        if len(states) == ranks.size():
+            states[ranks.rank()]._restore_own(model)
             return
-        if max(1, len(self.of_ranks)) != ranks.size():
-            warnings.warn(
-                f"The file was saved by {max(1, len(self.of_ranks))} process(es) and goes on in {ranks.size()}: with what was "
-                "learned, but not exactly.",
-                stacklevel=5,
-            )
+        warnings.warn(
+            f"The file was saved by {len(states)} process(es) and goes on in {ranks.size()}: with what was learned, but not "
+            "exactly.",
+            stacklevel=5,
+        )
         self._restore_own(model)
 
     def _restore_own(self, model: Any) -> None:
@@ -87,7 +88,7 @@ class RunState:
             warnings.warn(
                 f"force_reset=False has no effect: the file was saved {model.num_timesteps - self.num_timesteps} env steps "
                 "after the start of a rollout, from which training goes on, and the env is not there any more.",
-                stacklevel=5,
+                stacklevel=6,
             )
         model.env.seed(int(th.randint(2**31, ())) + ranks.rank() * model.n_envs)
         # For an env whose state is set, too: wrappers such as Monitor must have seen a reset.
