@@ -26,12 +26,15 @@ class ChunkQueue:
     :param n_envs: Number of envs.
     :param act_steps: Ta, the actions of a chunk that are executed.
     :param action_space: Action space.
+    :param device: Where actions stay as tensors; ``None`` means that they are arrays.
     """
 
-    def __init__(self, n_envs: int, act_steps: int, action_space: spaces.Space) -> None:
+    def __init__(self, n_envs: int, act_steps: int, action_space: spaces.Space, device: th.device | None = None) -> None:
         # A type that holds the action space's bounds exactly.
         dtype = np.result_type(np.float32, action_space.dtype)  # type: ignore[arg-type]
         self.chunks: Any = np.zeros((n_envs, act_steps, *(action_space.shape or ())), dtype=dtype)
+        if device is not None:
+            self.chunks = th.as_tensor(self.chunks, dtype=th.float, device=device)
         self.n_executed = np.full(n_envs, act_steps)
 
     def __len__(self) -> int:
@@ -54,7 +57,7 @@ class ChunkQueue:
         """Which envs have no action left, shape (n_envs,)."""
         return self.n_executed >= self.chunks.shape[1]
 
-    def put(self, envs: np.ndarray, chunks: np.ndarray) -> None:
+    def put(self, envs: np.ndarray, chunks: Any) -> None:
         """
         Replace what is left for some envs, a mask of shape (n_envs,), by the first Ta actions of new chunks, shape (B, Tp,
         *action_space.shape).
@@ -62,7 +65,7 @@ class ChunkQueue:
         self.chunks[envs] = chunks[:, : self.chunks.shape[1]]
         self.n_executed[envs] = 0
 
-    def pop(self) -> np.ndarray:
+    def pop(self) -> Any:
         """The next action of each env, shape (n_envs, *action_space.shape)."""
         actions = self.chunks[np.arange(len(self)), self.n_executed]
         self.n_executed += 1
@@ -105,12 +108,14 @@ class ChunkPolicy(ActorCriticPolicy):
                 noise = th.as_tensor(noise_of_observations(obs, shape), device=self.device)
         return self.executable(self.sample_chain(obs, deterministic, noise).actions)
 
-    def executable(self, actions: th.Tensor) -> np.ndarray:
+    def executable(self, actions: th.Tensor, on_device: bool = False) -> Any:
         """
         :param actions: Normalised chunks, shape (B, Tp, Da).
+        :param on_device: Whether they stay there, as a tensor.
         :return: Their actions from ``first_action`` on, in the env's units, shape (B, Tp - first_action, *action_space.shape).
         """
-        return self.normalizer.unnormalize_actions(actions[:, self.sampler.first_action :])
+        unnormalize = self.normalizer.unnormalize_on_device if on_device else self.normalizer.unnormalize_actions
+        return unnormalize(actions[:, self.sampler.first_action :])
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return th.as_tensor(self.plan(observation, deterministic)[:, 0], device=self.device)

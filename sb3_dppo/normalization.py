@@ -137,6 +137,12 @@ class Normalizer(nn.Module):
         """Actions of the env, shape (..., Da), in normalised action space."""
         return (actions - self.action_center) / self.action_scale
 
+    def unnormalize_on_device(self, actions: th.Tensor) -> th.Tensor:
+        """As :meth:`unnormalize_actions`, as tensors where they are."""
+        low, high = (th.as_tensor(bound, device=actions.device) for bound in (self.action_space.low, self.action_space.high))
+        env_actions = self.action_center + self.action_scale * actions
+        return env_actions.reshape(*env_actions.shape[:-1], *self.action_space.shape).clamp(low, high)
+
     def unnormalize_actions(self, actions: th.Tensor) -> np.ndarray:
         """Normalised chunks, shape (B, Tp, Da), as actions clipped to the env's bounds, (B, Tp, *action_space.shape)."""
         env_actions = (self.action_center + self.action_scale * actions).cpu().numpy()

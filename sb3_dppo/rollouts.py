@@ -6,7 +6,6 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import PyTorchObs
-from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dppo import ranks
@@ -15,7 +14,8 @@ from sb3_dppo.arguments import SAMPLER_ARGUMENTS, check_training_arguments
 from sb3_dppo.buffers import DenoisingRolloutBuffer, RewardScaler, equal_slices
 from sb3_dppo.chunks import ChunkQueue
 from sb3_dppo.diffusion.sampler import SamplerConfig
-from sb3_dppo.features.observations import stack, take
+from sb3_dppo.envs.torch_vec_env import BatchedInfos, TorchVecEnv
+from sb3_dppo.features.observations import stack, take, to_arrays, to_tensors
 from sb3_dppo.runs.resumable import ResumableAlgorithm
 from sb3_dppo.schedules import make_schedule
 
@@ -100,7 +100,9 @@ class DecisionRollouts(ResumableAlgorithm):
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         act_steps = self.policy.sampler.act_steps
-        queue = ChunkQueue(env.num_envs, act_steps, self.action_space)
+        is_batched = isinstance(env, TorchVecEnv)
+        step: Any = env.step_tensors if isinstance(env, TorchVecEnv) else env.step
+        queue = ChunkQueue(env.num_envs, act_steps, self.action_space, self.device if is_batched else None)
         dones = np.zeros(env.num_envs, dtype=bool)
         # Of the envs' current decisions, for callbacks.
         values = th.zeros((env.num_envs, 1), device=self.device)
@@ -108,20 +110,21 @@ class DecisionRollouts(ResumableAlgorithm):
 
         callback.on_rollout_start()
 
+        obs: Any = self._last_obs
         for n_steps in range(n_rollout_steps):
-            obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
+            obs_tensor = to_tensors(obs, self.device)
             planning = dones | (n_steps % act_steps == 0)
             if planning.all():
-                chunks, values, log_probs = self._plan(obs_tensor, np.arange(env.num_envs))
+                chunks, values, log_probs = self._plan(obs_tensor, np.arange(env.num_envs), is_batched)
                 queue.put(planning, chunks)
             elif planning.any():
                 env_index = np.flatnonzero(planning)
                 values, log_probs = values.clone(), log_probs.clone()
-                chunks, values[planning], log_probs[planning] = self._plan(take(obs_tensor, env_index), env_index)
+                chunks, values[planning], log_probs[planning] = self._plan(take(obs_tensor, env_index), env_index, is_batched)
                 queue.put(planning, chunks)
             actions = clipped_actions = queue.pop()
 
-            new_obs, rewards, dones, infos = env.step(clipped_actions)
+            new_obs, rewards, dones, infos = step(clipped_actions)
             dones = np.asarray(dones, dtype=bool)
             self._check_step(new_obs, rewards)
             self.num_timesteps += env.num_envs * ranks.size()
@@ -136,14 +139,18 @@ class DecisionRollouts(ResumableAlgorithm):
             self._update_info_buffer(infos, dones)
             rollout_buffer.add_rewards(rewards)
             self._end_episodes(dones, infos)
-            self._last_obs = new_obs  # type: ignore[assignment]
+            obs = new_obs
+            if not is_batched:
+                self._last_obs = new_obs
             self._last_episode_starts = dones
 
+        if is_batched:  # Arrays, for files.
+            self._last_obs = to_arrays(obs)
         if not ranks.all_agree(True):
             self.reward_scaler.forget_episodes(env.num_envs)
             return False
         with th.no_grad():
-            last_values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
+            last_values = self.policy.predict_values(to_tensors(obs, self.device))
         if self.scale_rewards:
             rollout_buffer.scale_rewards(self.reward_scaler)
         rollout_buffer.compute_returns_and_advantage(last_values)
@@ -181,15 +188,16 @@ class DecisionRollouts(ResumableAlgorithm):
                 log_prob = self.policy.chain_log_prob(take(buffer.observations, rows), buffer.chains[rows])
                 buffer.set_log_probs(rows, log_prob)
 
-    def _plan(self, obs: PyTorchObs, env_index: np.ndarray) -> tuple[np.ndarray, th.Tensor, th.Tensor]:
+    def _plan(self, obs: PyTorchObs, env_index: np.ndarray, on_device: bool) -> tuple[Any, th.Tensor, th.Tensor]:
         """
         Decide in B of the envs, which observe ``obs``, and keep it. Gives what can be executed of the chunks, (B, at most Tp,
-        *action_space.shape), values of the observations, (B, 1), and log-probabilities averaged over the chains, (B,).
+        *action_space.shape), as tensors ``on_device`` or as arrays, values of the observations, (B, 1), and log-probabilities
+        averaged over the chains, (B,).
         """
         with th.no_grad():
             features = self.policy.shared_features(obs)
         sampled = self.policy.sample_chain(obs, noise=self._draw_noise(len(env_index)), features=features)
-        chunks = self.policy.executable(sampled.actions)
+        chunks = self.policy.executable(sampled.actions, on_device)
         # After the actions have left a GPU, so that it works while the envs step.
         with th.no_grad():
             values = self.policy.predict_values(obs, features)
@@ -202,13 +210,24 @@ class DecisionRollouts(ResumableAlgorithm):
             return self.policy.draw_noise(n)
         return self.policy.draw_noise(n * ranks.size()).chunk(ranks.size(), dim=1)[ranks.rank()].contiguous()
 
-    def _end_episodes(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
+    def _update_info_buffer(self, infos: Any, dones: np.ndarray | None = None) -> None:
+        if isinstance(infos, BatchedInfos):  # Those of the episodes that have ended, and no loop over all.
+            infos = [infos.summary(env_index) for env_index in map(int, np.flatnonzero(infos.dones))]
+            dones = np.ones(len(infos), dtype=bool)
+        super()._update_info_buffer(infos, dones)
+
+    def _end_episodes(self, dones: np.ndarray, infos: Any) -> None:
         """Tell the buffer which episodes have ended, with the value of the last observation of those that were truncated."""
-        last_obs = [info.get("terminal_observation") if info.get("TimeLimit.truncated", False) else None for info in infos]
-        truncated = [env_index for env_index in np.flatnonzero(dones) if last_obs[env_index] is not None]
+        if isinstance(infos, BatchedInfos):
+            truncated: Any = np.flatnonzero(infos.truncated)
+            last_obs: Any = take(infos.last_obs, truncated)
+        else:
+            known = [info.get("terminal_observation") if info.get("TimeLimit.truncated", False) else None for info in infos]
+            truncated = [env_index for env_index in np.flatnonzero(dones) if known[env_index] is not None]
+            last_obs = stack([known[env_index] for env_index in truncated]) if truncated else None
         bootstrap_values = np.zeros(len(dones))
-        if truncated:
+        if len(truncated) > 0:
             with th.no_grad():
-                tensor = obs_as_tensor(stack([last_obs[env_index] for env_index in truncated]), self.device)
-                bootstrap_values[truncated] = self.policy.predict_values(tensor).cpu().numpy().flatten()
+                values = self.policy.predict_values(to_tensors(last_obs, self.device))
+            bootstrap_values[truncated] = values.cpu().numpy().flatten()
         self.rollout_buffer.end_episodes(np.flatnonzero(dones), bootstrap_values[dones])

@@ -3,6 +3,7 @@
 from typing import Any, TypeVar
 
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
@@ -33,6 +34,20 @@ def part_name(key: str) -> str:
 def take(obs: Obs, index: Any) -> Obs:
     """These rows."""
     return {key: value[index] for key, value in obs.items()} if isinstance(obs, dict) else obs[index]  # type: ignore[return-value, index]
+
+
+def to_tensors(obs: Any, device: th.device) -> Any:
+    """Arrays or tensors as tensors on the device, without a copy if they are there."""
+    if isinstance(obs, dict):
+        return {key: th.as_tensor(value, device=device) for key, value in obs.items()}
+    return th.as_tensor(obs, device=device)
+
+
+def to_arrays(obs: Any) -> Any:
+    """Tensors as arrays of their own: a simulator may write its next observations into the memory of the last ones."""
+    if isinstance(obs, dict):
+        return {key: value.cpu().numpy().copy() for key, value in obs.items()}
+    return obs.cpu().numpy().copy()
 
 
 def stack(observations: list[Any]) -> Any:

@@ -89,14 +89,19 @@ class EnvGuard:
 
     def __enter__(self) -> None:
         own = vars(self.venv)
-        self._before: dict[str, Any] = {name: own[name] for name in ("reset", "step_wait") if name in own}
+        watched: dict[str, Callable[..., Any]] = dict(reset=self.reset, step_wait=self.step_wait)
         self._reset, self._step_wait = self.venv.reset, self.venv.step_wait
-        own.update(reset=self.reset, step_wait=self.step_wait)
+        if hasattr(self.venv, "step_tensors"):
+            self._step_tensors = self.venv.step_tensors
+            watched["step_tensors"] = self.step_tensors
+        self._before: dict[str, Any] = {name: own.get(name) for name in watched}
+        own.update(watched)
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        for name in ("reset", "step_wait"):
+        for name, before in self._before.items():
             del vars(self.venv)[name]
-        vars(self.venv).update(self._before)
+            if before is not None:
+                vars(self.venv)[name] = before
         if error is None or not isinstance(self.venv, SubprocVecEnv):
             return
         death = describe_death(self.venv) if isinstance(error, (EOFError, ConnectionError)) else None
@@ -135,6 +140,14 @@ class EnvGuard:
             check_finite("observation", obs, "after reset()")
         self._good_obs = obs
         return obs, rewards, dones, infos
+
+    def step_tensors(self, actions: Any) -> Any:
+        """Step the envs of a ``TorchVecEnv``, and hear from it what came."""
+        step = self._step_tensors(actions)
+        finite = step[-1].finite
+        if not finite.all():
+            raise _not_finite("observation or reward", int(np.argmin(finite)), self.model.describe_env_step())
+        return step
 
     def _reset_env(self, env_index: int, obs: VecEnvObs) -> None:
         """Reset one env, and put the first observation of its new episode among those of all envs."""
