@@ -78,6 +78,7 @@ def make_model(env: VecEnv | None = None, policy: str = "DiffusionMlpPolicy", **
         clip_range=0.01,
         min_sampling_std=0.1,
         min_logprob_std=0.1,
+        compile="auto",  # on a GPU, CUDA graphs
         policy_kwargs=policy_kwargs,
     )
     model = DPPO(policy, env, **(arguments | kwargs))

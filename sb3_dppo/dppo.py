@@ -156,7 +156,7 @@ class DPPO(DecisionRollouts):
         noise_clip: float = 3.0,
         deterministic_noise: str = "observation",
         n_accumulate: int | None = None,
-        compile: bool | str = "auto",
+        compile: bool | str = False,
         precision: str = "float32",
         on_bad_env: str = "raise",
         pretrained: str | None = None,

@@ -16,7 +16,7 @@ from sb3_dppo.buffers import DenoisingRolloutBufferSamples, mean_log_prob
 
 DATA = Path(__file__).parent / "data"
 # SB3_DPPO_COMPILE=1 runs the cases with compiled denoising, which takes minutes.
-COMPILE = True if os.environ.get("SB3_DPPO_COMPILE") == "1" else "auto"
+COMPILE = os.environ.get("SB3_DPPO_COMPILE") == "1"
 CASES = ["ddpm_hopper", "ddim_full", "ddpm_x0"]
 
 

@@ -75,7 +75,7 @@ class SamplerConfig:
     min_logprob_std: float | None = None
     noise_clip: float = 3.0
     deterministic_noise: str = "observation"
-    compile: bool | str = "auto"
+    compile: bool | str = False
     precision: str = "float32"
 
     def __post_init__(self) -> None:
