@@ -10,6 +10,7 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 
+from sb3_dppo import ranks
 from sb3_dppo.diffusion.process import DenoisingChain
 from sb3_dppo.diffusion.sampler import DiffusionSampler
 from sb3_dppo.features.observations import batch_size_of, parts_of, take
@@ -139,6 +140,7 @@ class ChunkPolicy(ActorCriticPolicy):
         :return: The actions and the next state.
         :raises ValueError: for a state of another number of envs.
         """
+        ranks.progress()  # in an evaluation
         self.set_training_mode(False)
         if isinstance(observation, tuple):
             raise ValueError("observation is a tuple, probably that of a Gymnasium env's reset(): pass its first element.")

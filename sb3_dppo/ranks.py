@@ -4,14 +4,21 @@ process is the only rank and nothing is sent.
 """
 
 import atexit
+import faulthandler
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch as th
 import torch.distributed as dist
 from torch import nn
+
+# After so long without progress a rank ends, and with it all; 0 means never.
+HANG_SECONDS = float(os.environ.get("SB3_DPPO_HANG_SECONDS", 60))
+_last_progress = 0.0
 
 
 def join() -> None:
@@ -48,13 +55,40 @@ def rank() -> int:
     return dist.get_rank() if size() > 1 else 0
 
 
+def progress() -> None:
+    """
+    Say that this rank is not stuck, in a simulator for instance. One that is prints where and ends, whereupon torchrun ends
+    the others, which would wait for it. To wait for others, who may be busy with an evaluation, is not to be stuck.
+    """
+    global _last_progress
+    if size() > 1 and HANG_SECONDS > 0 and time.monotonic() - _last_progress > HANG_SECONDS / 10:
+        _last_progress = time.monotonic()
+        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+
+
+def rest() -> None:
+    """Nobody expects progress until the next call of :func:`progress`."""
+    global _last_progress
+    if size() > 1:
+        faulthandler.cancel_dump_traceback_later()
+        _last_progress = 0.0
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    rest()
+    yield
+    progress()
+
+
 def sum_over_ranks(tensors: Iterable[th.Tensor]) -> None:
     """Add up each of these tensors, in place and all at once."""
     if size() == 1:
         return
     tensors = list(tensors)
     flat = th.cat([tensor.detach().flatten() for tensor in tensors])
-    dist.all_reduce(flat)
+    with _waiting():
+        dist.all_reduce(flat)
     for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.detach().copy_(total.view_as(tensor))
 
@@ -64,7 +98,8 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [value]
     if size() > 1:
         values = values * size()
-        dist.all_gather_object(values, value)
+        with _waiting():
+            dist.all_gather_object(values, value)
     return values
 
 
@@ -92,7 +127,8 @@ def share_random_numbers(device: th.device) -> None:
     if size() == 1:
         return
     state = th.get_rng_state()
-    dist.broadcast(state, src=0)
+    with _waiting():
+        dist.broadcast(state, src=0)
     th.set_rng_state(state)
     if device.type == "cuda":
         state = th.cuda.get_rng_state(device)

@@ -125,6 +125,7 @@ class DecisionRollouts(ResumableAlgorithm):
             actions = clipped_actions = queue.pop()
 
             new_obs, rewards, dones, infos = step(clipped_actions)
+            ranks.progress()
             dones = np.asarray(dones, dtype=bool)
             self._check_step(new_obs, rewards)
             self.num_timesteps += env.num_envs * ranks.size()

@@ -1,6 +1,9 @@
 """What the processes of tests/test_ranks.py run: python -m tests.rank_program SCENARIO FOLDER, alone or under torchrun."""
 
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_dppo import DPPO, ranks
@@ -127,6 +130,49 @@ def fail(folder: Path) -> None:
     make_model(FailingEnv).learn(16 * N_ENVS)
 
 
+def hang(folder: Path) -> None:
+    """A simulator that never answers, after one of the ranks has evaluated for longer than that would take to be noticed."""
+
+    class HangingEnv(WalkEnv):
+        def step(self, action: np.ndarray) -> Any:
+            if ranks.rank() == 1 and (folder / "evaluated").exists():
+                time.sleep(1000)
+            return super().step(action)
+
+    class Evaluate(BaseCallback):
+        def _on_step(self) -> bool:
+            if ranks.rank() == 0 and self.n_calls == 20:
+                start = time.monotonic()
+                while time.monotonic() - start < 2 * ranks.HANG_SECONDS:
+                    self.model.predict(self.locals["new_obs"])
+                    time.sleep(0.1)
+                (folder / "evaluated").touch()
+            return True
+
+    make_model(HangingEnv).learn(100 * 16 * N_ENVS, callback=Evaluate())
+
+
+def restart(folder: Path) -> None:
+    """A program that goes on from its last checkpoint, if there is one. A rank of its first life is killed."""
+    env = DummyVecEnv([ResumableWalkEnv] * (N_ENVS // ranks.size()))
+    checkpoints = sorted((folder / "checkpoints").glob("*.zip"), key=lambda path: path.stat().st_mtime)
+    model = DPPO.load(checkpoints[-1], env=env) if checkpoints else make_model(ResumableWalkEnv)
+
+    class Kill(BaseCallback):
+        def _on_step(self) -> bool:
+            if not checkpoints and ranks.rank() == 1 and self.n_calls == 41:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return True
+
+    # Of the steps of one env: in the third rollout.
+    callbacks = [CheckpointCallback(35 if ranks.rank() == 0 else 10**9, str(folder / "checkpoints")), Kill()]
+    model.learn(4 * 16 * N_ENVS - model.num_timesteps, callback=callbacks, reset_num_timesteps=not checkpoints)
+    save_parameters(model, folder / f"restarted_{len(checkpoints)}.npz")
+    model = make_model(ResumableWalkEnv)
+    model.learn(4 * 16 * N_ENVS)
+    save_parameters(model, folder / "whole.npz")
+
+
 def different_envs(folder: Path) -> None:
     make_model(WalkEnv, n_envs=1 + ranks.rank()).learn(16)
 
@@ -140,5 +186,5 @@ if __name__ == "__main__":
     ranks.join()
     {
         function.__name__: function
-        for function in (update_three_times, train_and_save, resume, stop, fail, different_envs, vec_normalize)
+        for function in (update_three_times, train_and_save, resume, stop, fail, hang, restart, different_envs, vec_normalize)
     }[sys.argv[1]](Path(sys.argv[2]))

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,19 @@ from tests.rank_program import CASES
 ROOT = Path(__file__).parents[1]
 
 
-def run(*program: str | Path, n_ranks: int = 2, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run(
+    *program: str | Path, n_ranks: int = 2, cwd: Path = ROOT, options: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable]
     if n_ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run([*command, "-m", *map(str, program)], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-def play(scenario: str, folder: Path, n_ranks: int = 2) -> subprocess.CompletedProcess[str]:
+def play(scenario: str, folder: Path, n_ranks: int = 2, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
-    return run("tests.rank_program", scenario, folder, n_ranks=n_ranks)
+    return run("tests.rank_program", scenario, folder, n_ranks=n_ranks, options=options)
 
 
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
@@ -73,6 +76,27 @@ def test_what_goes_wrong_in_one_ends_all(scenario: str, message: str, tmp_path: 
     done = play(scenario, tmp_path)
     assert done.returncode != 0 and message in done.stderr
     assert time.monotonic() - start < 60
+
+
+def test_one_that_hangs_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says where. To wait for the first one's evaluation, which takes twice as long, is not to hang."""
+    monkeypatch.setenv("SB3_DPPO_HANG_SECONDS", "3")
+    start = time.monotonic()
+    done = play("hang", tmp_path)
+    assert done.returncode != 0 and (tmp_path / "evaluated").exists()
+    assert "Timeout" in done.stderr and "in step" in done.stderr and "rank_program.py" in done.stderr
+    assert time.monotonic() - start < 60
+
+
+def test_a_killed_one_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``--max-restarts`` the program goes on from its last checkpoint, and ends as a run that was left alone does."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    done = play("restart", tmp_path, options=["--max-restarts", "1"])
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "restarted_0.npz").exists()
+    restarted, whole = (np.load(tmp_path / f"{name}.npz") for name in ("restarted_1", "whole"))
+    for key in (key for key in whole if not key.startswith("logged/time")):
+        np.testing.assert_array_equal(restarted[key], whole[key], err_msg=key)
 
 
 def test_rl_zoo(tmp_path: Path) -> None:

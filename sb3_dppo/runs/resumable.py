@@ -83,8 +83,11 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         if self.env is None:
             raise ValueError("The model has no env to learn in: load it with load(path, env=env), or call set_env(env).")
         self._check_before_learning()
-        with interruptible(self._describe_interruption), EnvGuard(self):
-            super().learn(int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        try:
+            with interruptible(self._describe_interruption), EnvGuard(self):
+                super().learn(int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        finally:
+            ranks.rest()
         if ranks.size() > 1:  # The first rank saves the states of all, which it can't ask for then.
             self._rollout_start = RunState.of_all(self)
         return self
