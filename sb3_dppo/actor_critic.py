@@ -134,7 +134,8 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         share_features_extractor: bool = False,
         **sampler: Any,
     ) -> None:
-        check_names(type(self).__name__, sampler, SAMPLER_ARGUMENTS)
+        own = set(inspect.signature(DiffusionActorCriticPolicy).parameters) - {"sampler"}
+        check_names(type(self).__name__, sampler, own | set(SAMPLER_ARGUMENTS))
         if share_features_extractor:
             raise ValueError(
                 "share_features_extractor=True would let the critic change the frozen base policy's features: leave it out."
@@ -157,8 +158,8 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         elif clip_sample_range is not None and (isinstance(clip_sample_range, str) or not clip_sample_range > 0):
             raise ValueError(f"clip_sample_range={clip_sample_range!r} must be positive, None or 'auto'.")
         self._constructor_parameters = {name: value for name, value in locals().items() if name in SETTINGS}
-        if horizon < 1:
-            raise ValueError(f"horizon={horizon} must be at least 1.")
+        if not isinstance(horizon, int) or horizon < 1:
+            raise ValueError(f"horizon={horizon!r} must be at least 1, a whole number.")
         if not 0 <= first_action < horizon:
             raise ValueError(f"first_action={first_action} must be at least 0 and below horizon={horizon}.")
         self.horizon = horizon

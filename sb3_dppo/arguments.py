@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.utils import FloatSchedule
 
@@ -29,7 +30,7 @@ CLIP_RANGE = 0.2
 
 # Numbers of DPPO that must be at least or above something.
 AT_LEAST_ONE = ("n_steps", "batch_size", "n_epochs", "n_accumulate", "eta_update_interval")
-NOT_NEGATIVE = ("clip_range_base", "vf_coef", "bc_coef", "kl_coef", "critic_warmup")
+NOT_NEGATIVE = ("clip_range_base", "ent_coef", "vf_coef", "bc_coef", "kl_coef", "critic_warmup")
 POSITIVE = ("max_grad_norm", "target_kl")
 FRACTIONS = ("gamma", "gae_lambda")
 SCHEDULES = ("learning_rate", "critic_learning_rate", "eta_learning_rate", "clip_range", "clip_range_vf", "min_sampling_std")
@@ -44,6 +45,36 @@ def check_names(function: str, given: Iterable[str], known: Iterable[str]) -> No
     for name in set(given) & set(NOT_ARGUMENTS):
         raise ValueError(f"{function} has no argument {name!r}: {NOT_ARGUMENTS[name]}. Leave it out.")
     refuse_unknown(function, given, known)
+
+
+def check_policy(policy: Any, aliases: dict[str, type], base: type) -> None:
+    """ValueError for a policy that is no diffusion policy, by name or as a class."""
+    known = policy in aliases if isinstance(policy, str) else isinstance(policy, type) and issubclass(policy, base)
+    if not known:
+        name = getattr(policy, "__name__", repr(policy))
+        raise ValueError(
+            f"policy={name} is not a diffusion policy: choose one of {list(aliases)}, or a class derived from these."
+        )
+
+
+def check_env(env: Any) -> None:
+    """ValueError if there is none."""
+    if env is None:
+        raise ValueError(
+            "env=None: the networks' sizes follow from the env's spaces, so a new model needs one. To predict with a saved "
+            "model there is DPPO.load(path)."
+        )
+
+
+def check_seed_and_device(seed: Any, device: Any) -> None:
+    """ValueError for what is neither a seed nor one of PyTorch's devices."""
+    if seed is not None and not isinstance(seed, (int, np.integer)):
+        raise ValueError(f"seed={seed!r} must be a whole number, or None.")
+    if device != "auto":
+        try:
+            th.device(device)
+        except RuntimeError:
+            raise ValueError(f"device={device!r} is unknown: use 'auto', 'cpu', 'cuda', 'cuda:1' and the like.") from None
 
 
 def check_action_space(action_space: spaces.Space) -> None:
@@ -107,7 +138,7 @@ def check_ranges(model: Any) -> None:
         (POSITIVE, lambda x: x > 0, "positive"),
         (FRACTIONS, lambda x: 0 <= x <= 1, "between 0 and 1"),
         (("gamma_denoising",), lambda x: 0 < x <= 1, "above 0 and at most 1"),
-        (("ent_coef", "clip_range_rate"), math.isfinite, "finite"),
+        (("clip_range_rate",), math.isfinite, "finite"),
     ):
         for name in names:
             value = getattr(model, name)

@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, unwrap_vec_w
 from tqdm.rich import tqdm
 
 from sb3_dppo.demonstrations.demonstrations import Demonstrations
-from sb3_dppo.demonstrations.loading import SOURCES, add_source_options, load_from_options
+from sb3_dppo.demonstrations.loading import SOURCES, add_source_options, load_demonstrations, load_from_options
 from sb3_dppo.demonstrations.matching import check_actions, match_observations
 from sb3_dppo.dppo import DPPO
 from sb3_dppo.features.extractors import EXTRACTORS
@@ -34,7 +34,7 @@ class BC:
     policy's normalisation. Observations are read one minibatch at a time.
 
     :param model: The model whose policy to train.
-    :param demonstrations: What to imitate.
+    :param demonstrations: What to imitate: demonstrations, or what :func:`~sb3_dppo.load_demonstrations` takes.
     :param batch_size: Chunks in a minibatch.
     :param learning_rate: Learning rate at the beginning; it goes to zero along a cosine.
     :param weight_decay: AdamW's weight decay.
@@ -43,13 +43,14 @@ class BC:
     :param eval_env: Where to evaluate the EMA of the policy during training, or ``None``.
     :param n_eval_episodes: Episodes of an evaluation.
     :param eval_freq: Epochs between two evaluations.
+    :raises TypeError: if the model is another algorithm's.
     :raises ValueError: if a number is below 1, or if the demonstrations don't fit the model's env.
     """
 
     def __init__(
         self,
         model: DPPO,
-        demonstrations: Demonstrations,
+        demonstrations: Demonstrations | str | Path,
         *,
         batch_size: int = 128,
         learning_rate: float = 1e-3,
@@ -60,6 +61,10 @@ class BC:
         n_eval_episodes: int = 10,
         eval_freq: int = 10,
     ) -> None:
+        if not isinstance(model, DPPO):
+            raise TypeError(f"model={type(model).__name__} must be a DPPO, whose policy is a diffusion policy.")
+        if not isinstance(demonstrations, Demonstrations):
+            demonstrations = load_demonstrations(demonstrations)
         self.model = model
         self.demonstrations = demonstrations
         self.batch_size = batch_size

@@ -172,12 +172,12 @@ class DPPO(DecisionRollouts):
         **unknown: Any,
     ) -> None:
         arguments.check_names(f"{type(self).__name__}()", unknown, inspect.signature(DPPO.__init__).parameters)
+        arguments.check_policy(policy, self.policy_aliases, DiffusionActorCriticPolicy)
+        arguments.check_seed_and_device(seed, device)
         if env is not None:
             env = maybe_make_env(env, verbose)
             arguments.check_action_space(env.action_space)
             check_observation_space(env.observation_space, None)
-        if not isinstance(policy, str) and not issubclass(policy, DiffusionActorCriticPolicy):
-            raise ValueError(f"policy={policy.__name__} is not a diffusion policy: choose one of {list(self.policy_aliases)}.")
         super().__init__(
             policy,
             env,
@@ -251,6 +251,7 @@ class DPPO(DecisionRollouts):
         params = None if pretrained is None else read_pretrained(self, pretrained)
         arguments.check_ranges(self)
         if _init_setup_model:
+            arguments.check_env(env)
             self._setup_model()
             arguments.check_training_arguments(self)
             if params is not None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_dppo import DPPO
 from tests.test_sb3_conventions import SMALL, make_model
@@ -61,6 +62,12 @@ NAN = float("nan")
         ("min_logprob_std", 0.0),
         ("noise_clip", 0.0),
         ("ent_coef", "auto"),
+        ("ent_coef", -0.1),
+        ("seed", "1"),
+        ("device", "gpu"),
+        ("n_steps", 100.5),
+        ("batch_size", "256"),
+        ("gamma", "0.99"),
         ("shuffle", "rows"),
     ],
 )
@@ -80,6 +87,34 @@ def test_values_out_of_range(name: str, value: Any) -> None:
 )
 def test_ends_of_the_ranges_are_inside(settings: dict[str, Any]) -> None:
     make_model(**settings).learn(16)
+
+
+def test_other_policies_and_no_env() -> None:
+    with pytest.raises(
+        ValueError, match=r"policy='MlpPolicy' is not a diffusion policy: choose one of \['DiffusionMlpPolicy'"
+    ):
+        DPPO("MlpPolicy", "Pendulum-v1")
+    with pytest.raises(ValueError, match="policy=ActorCriticPolicy is not a diffusion policy"):
+        DPPO(ActorCriticPolicy, "Pendulum-v1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="env=None: the networks' sizes follow from"):
+        DPPO("DiffusionMlpPolicy", None)  # type: ignore[arg-type]
+
+
+def test_names_in_policy_kwargs() -> None:
+    with pytest.raises(TypeError, match="DiffusionMlpPolicy got an unexpected argument 'horizont': did you mean 'horizon'"):
+        make_model(policy_kwargs=dict(horizont=4))
+    with pytest.raises(ValueError, match="horizon='4' must be at least 1, a whole number"):
+        make_model(policy_kwargs=dict(horizon="4"))
+
+
+def test_arguments_of_methods(tmp_path: Path) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="total_timesteps='1e5' must be a number"):
+        model.learn("1e5")  # type: ignore[arg-type]
+    model.save(tmp_path / "model")
+    assert DPPO.load(tmp_path / "model", env="Pendulum-v1").n_envs == 1
+    with pytest.raises(FileNotFoundError, match=r"pretrained='nope.zip': there is no such file"):
+        make_model(pretrained="nope.zip")
 
 
 def test_clip_range_base_above_clip_range() -> None:

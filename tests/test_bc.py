@@ -13,6 +13,7 @@ import pytest
 import torch as th
 from diffusers.training_utils import EMAModel
 from gymnasium import spaces
+from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
@@ -213,6 +214,13 @@ def test_bad_numbers() -> None:
 def test_errors_before_training(demonstrations: Demonstrations, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BC(make_model(), demonstrations)
+
+
+def test_sources_and_other_algorithms(tmp_path: Path) -> None:
+    model = DPPO("DiffusionMlpPolicy", "Hopper-v5", policy_kwargs=SMALL, device="cpu")
+    assert BC(model, "hopper-medium").demonstrations.env_id == load_demonstrations("hopper-medium").env_id
+    with pytest.raises(TypeError, match="model=PPO must be a DPPO"):
+        BC(PPO("MlpPolicy", "Pendulum-v1", device="cpu"), "hopper-medium")  # type: ignore[arg-type]
 
 
 def test_warnings() -> None:

@@ -9,7 +9,10 @@ from stable_baselines3.common.save_util import load_from_zip_file
 
 def read_pretrained(model: Any, path: str) -> dict[str, th.Tensor]:
     """The state dict of a saved model's policy, whose architecture a new model, not set up yet, takes over."""
-    data, params, _ = load_from_zip_file(path, device=model.device)
+    try:
+        data, params, _ = load_from_zip_file(path, device=model.device)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"pretrained={path!r}: there is no such file.") from None
     if not data or "policy_class" not in data:
         raise ValueError(f"pretrained={path!r} is not a saved DPPO model.")
     if data["policy_class"].__name__ != model.policy_class.__name__:

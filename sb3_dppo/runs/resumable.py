@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import numpy as np
 import torch as th
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
@@ -80,6 +82,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         :return: The trained model
         :raises ValueError: for settings that can't be trained with, or an env that returns NaN
         """
+        if not isinstance(total_timesteps, (int, float, np.number)):
+            raise ValueError(f"total_timesteps={total_timesteps!r} must be a number.")
         if self.env is None:
             raise ValueError("The model has no env to learn in: load it with load(path, env=env), or call set_env(env).")
         self._check_before_learning()
@@ -205,7 +209,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
     def load(  # type: ignore[override]
         cls: type[SelfResumable],
         path: str | pathlib.Path | io.BufferedIOBase,
-        env: GymEnv | None = None,
+        env: GymEnv | str | None = None,
         device: th.device | str = "auto",
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
@@ -216,7 +220,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         Load the model from a zip file, see ``BaseAlgorithm.load``.
 
         :param path: Path of the file, or the file
-        :param env: The env to run the loaded model on, with as many copies as you like; ``None`` if it is only to predict
+        :param env: The env to run the loaded model on (if registered in Gym, can be str), with as many copies as you like;
+            ``None`` if it is only to predict
         :param device: Device on which the code should run
         :param custom_objects: Dictionary of objects to replace upon loading
         :param print_system_info: Whether to print system info from the saved model and the current system info
@@ -228,6 +233,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         :raises TypeError: for an argument that the constructor does not have
         """
         cls._check_names("load", kwargs)
+        env = None if env is None else maybe_make_env(env, verbose=0)
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         if model._run_state is not None and kwargs.get("seed") is not None:
             model._run_state.generators = None
