@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := sb3_dppo hyperparams _sb3_dppo_autoload.py examples benchmarks tests
 
-.PHONY: install lock demo test test-slow test-oldest lint type format clean
+.PHONY: install lock demo docs test test-slow test-oldest lint type format clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +25,14 @@ lock: $(BIN)/pip-compile
 $(BIN)/pip-compile:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip-tools
+
+# The site, in docs/_build: warnings are errors.
+docs: install $(BIN)/sphinx-build
+	$(BIN)/sphinx-build -q -W --keep-going docs docs/_build
+
+$(BIN)/sphinx-build: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	touch $@
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh

@@ -133,7 +133,7 @@ class ChunkPolicy(ActorCriticPolicy):
         Called without ``state``, it plans every time.
 
         :param observation: The observation or, for several envs, observations.
-        :param state: What the last call returned: the envs' chunks, shape (n_envs, act_steps, *action_space.shape), and how
+        :param state: What the last call returned: the envs' chunks, shape (n_envs, act_steps, ...), and how
             many actions of them were executed, shape (n_envs,).
         :param episode_start: Which envs have just been reset, shape (n_envs,).
         :param deterministic: Whether to act deterministically; see ``deterministic_noise``.

@@ -16,7 +16,7 @@ class Demonstrations:
     """
     Episodes, one after the other, in the units of the env.
 
-    :param observations: Before each action: an array of shape (N, *observation_shape), or for a ``Dict`` one per key. Images
+    :param observations: Before each action: an array of shape (N, ...), or for a ``Dict`` one per key. Images
         are bytes (``uint8``), channels first or last, and may be memory-mapped or
         :class:`~sb3_dppo.demonstrations.rows.EpisodeRows`, so that only the rows in use are read.
     :param actions: Shape (N, Da).
