@@ -159,8 +159,9 @@ class BC:
         ema = EMAModel(parameters, decay=self.ema_decay)
         logger = self._logger()
         policy.set_training_mode(True)
+        bar = tqdm(total=n_steps, desc="BC", unit="step", disable=not progress_bar)
         try:
-            for epoch in tqdm(range(1, n_epochs + 1), desc="BC", unit="epoch", disable=not progress_bar):
+            for epoch in range(1, n_epochs + 1):
                 losses = []
                 for batch in th.randperm(len(self.first)).tensor_split(n_batches):
                     index = self.first[batch.numpy()]
@@ -174,6 +175,7 @@ class BC:
                     lr_scheduler.step()
                     losses.append(loss.detach())
                     step += 1
+                    bar.update()
                     if step % self.ema_update_every == 0 or step == n_steps:
                         ema.step(parameters)
                 if self.eval_env is not None and (epoch % self.eval_freq == 0 or epoch == n_epochs):
@@ -184,6 +186,7 @@ class BC:
                     logger.record("bc/learning_rate", lr_scheduler.get_last_lr()[0])
                     logger.dump(epoch)
         finally:
+            bar.close()
             if step < n_steps:  # interrupted
                 ema.step(parameters)
             ema.copy_to(parameters)
