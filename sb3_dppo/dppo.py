@@ -406,7 +406,8 @@ class DPPO(DecisionRollouts):
         self, history: dict[str, list[th.Tensor]], settings: LossSettings, learning_rates: dict[str, float]
     ) -> None:
         for name, value in mean_metrics(history).items():
-            self.logger.record(f"train/{name}", value)
+            if name != "base_kl" or settings.kl_coef > 0:  # otherwise it is not computed
+                self.logger.record(f"train/{name}", value)
         buffer = self.rollout_buffer
         parts = ranks.gather((buffer.old_values[: buffer.size()].cpu().numpy(), buffer.returns.cpu().numpy()))
         old_values, returns = (np.concatenate([part[i] for part in parts]) for i in range(2))

@@ -265,6 +265,10 @@ def test_tensorboard_and_logger_names(tmp_path: Path) -> None:
         "learning_rate",
     }
     assert {f"train/{name}" for name in expected} <= names
+    # What is not computed is not logged.
+    assert not {"train/base_kl", "train/bc_loss"} & names
+    model.kl_coef = 0.1
+    assert "train/base_kl" in model.learn(32).logger.name_to_value
 
 
 def test_evaluation_does_not_change_training() -> None:
