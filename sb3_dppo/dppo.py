@@ -22,7 +22,7 @@ from sb3_dppo.losses import LossSettings, Metrics, actor_loss, behaviour_cloning
 from sb3_dppo.policies import POLICIES
 from sb3_dppo.rollouts import DecisionRollouts
 from sb3_dppo.runs.pretrained import read_pretrained
-from sb3_dppo.schedules import cooldown, make_schedule
+from sb3_dppo.schedules import make_schedule
 
 
 class DPPO(DecisionRollouts):
@@ -75,9 +75,10 @@ class DPPO(DecisionRollouts):
         1e-5 to 1e-3.
     :param critic_warmup: First rollouts of the model, or after behaviour cloning, on which only the critic is trained
     :param scale_rewards: Whether to divide the decisions' rewards by the running std of their discounted return
-    :param normalize_observations: Whether to normalise vectors in observations by their running mean and std, which change
-        between rollouts and are a part of the policy; the std never shrinks. ``None``: unless the env is under
-        ``VecNormalize(norm_obs=True)``. A policy that has seen demonstrations keeps their ranges. Images stay as they are.
+    :param normalize_observations: Whether to normalise vectors in observations by their running mean and std, a part of the
+        policy, which changes between rollouts until learning rates cool down; the std never shrinks. ``None``: unless the env
+        is under ``VecNormalize(norm_obs=True)``. A policy that has seen demonstrations keeps their ranges. Images stay as they
+        are.
     :param shuffle: "pairs" draws minibatches from all pairs, "decisions" keeps the pairs of a decision together, so that its
         features are extracted once. ``None`` means "decisions" if the features extractor has parameters, else "pairs".
     :param eta_learning_rate: Learning rate of what ``learn_eta`` or ``learn_std`` learns, which has an optimiser of its own, a
@@ -319,7 +320,8 @@ class DPPO(DecisionRollouts):
         check_update(self.policy, history["loss"], f"{self.n_rollouts + 1} (num_timesteps={self.num_timesteps})")
         self.n_rollouts += 1
         self._log_update(history, settings, learning_rates)
-        if self.updates_normalizer and not begins_normalization:
+        # When the rates go to zero, the policy can no longer follow statistics that change.
+        if self.updates_normalizer and not begins_normalization and self.cooldown_factor == 1:
             self._update_normalizer()
         if self.ft_denoising_anneal is not None and self.n_rollouts % self.ft_denoising_anneal[0] == 0:
             self._anneal(self.ft_denoising_anneal[1])
@@ -387,8 +389,7 @@ class DPPO(DecisionRollouts):
             name: make_schedule(name, getattr(self, name), *shape)(progress)
             for name in ("critic_learning_rate", "eta_learning_rate")
         }
-        factor = cooldown(self._remaining_of_run()) if self.lr_decay == "cooldown" else 1.0
-        return {name: factor * rate for name, rate in rates.items()}
+        return {name: self.cooldown_factor * rate for name, rate in rates.items()}
 
     def _anneal(self, n_steps: int) -> None:
         """Fine-tune fewer denoising steps from now on, over what has been learned so far as the base policy."""

@@ -17,7 +17,7 @@ from sb3_dppo.diffusion.sampler import SamplerConfig
 from sb3_dppo.envs.torch_vec_env import BatchedInfos, TorchVecEnv
 from sb3_dppo.features.observations import stack, take, to_arrays, to_tensors
 from sb3_dppo.runs.resumable import ResumableAlgorithm
-from sb3_dppo.schedules import make_schedule
+from sb3_dppo.schedules import cooldown, make_schedule
 
 # The std's floors of a policy that has learned from demonstrations, unless others are given (Ren et al. 2024, table A7).
 PRETRAINED_STD = 0.1
@@ -37,6 +37,7 @@ class DecisionRollouts(ResumableAlgorithm):
     rollout_buffer: DenoisingRolloutBuffer  # type: ignore[assignment]
     reward_scaler: RewardScaler
     scale_rewards: bool
+    lr_decay: str
     normalize_observations: bool | None
     pretrained_on_demonstrations: bool
     min_sampling_std: Any
@@ -160,6 +161,11 @@ class DecisionRollouts(ResumableAlgorithm):
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    @property
+    def cooldown_factor(self) -> float:
+        """Of the learning rates in this rollout: below 1 at the end of a run with ``lr_decay="cooldown"``."""
+        return cooldown(self._remaining_of_run()) if self.lr_decay == "cooldown" else 1.0
 
     @property
     def updates_normalizer(self) -> bool:

@@ -463,6 +463,8 @@ def test_learning_rates_cool_down_at_the_end_of_each_run(tmp_path: Path) -> None
     model = fresh()
     whole = rates_of(model, 160)
     np.testing.assert_allclose(whole, [0.01] * 7 + [0.009, 0.006, 0.003], rtol=1e-6)
+    # A policy that learns little more can't follow statistics that change.
+    assert model.policy.normalizer.obs_count == 7 * 16 / model.policy.sampler.act_steps
     # Another call is another run, as long as it is itself.
     np.testing.assert_allclose(rates_of(model, 48, reset_num_timesteps=False), [0.01] * 3, rtol=1e-6)
     np.testing.assert_allclose(rates_of(fresh(), 16), [0.01], rtol=1e-6)
