@@ -30,7 +30,7 @@ CLIP_RANGE = 0.2
 
 # Numbers of DPPO that must be at least or above something.
 AT_LEAST_ONE = ("n_steps", "batch_size", "n_epochs", "n_accumulate", "eta_update_interval")
-NOT_NEGATIVE = ("clip_range_base", "ent_coef", "vf_coef", "bc_coef", "kl_coef", "critic_warmup")
+NOT_NEGATIVE = ("clip_range_base", "vf_coef", "bc_coef", "kl_coef", "critic_warmup")
 POSITIVE = ("max_grad_norm", "target_kl")
 FRACTIONS = ("gamma", "gae_lambda")
 SCHEDULES = ("learning_rate", "critic_learning_rate", "eta_learning_rate", "clip_range", "clip_range_vf", "min_sampling_std")
@@ -138,7 +138,7 @@ def check_ranges(model: Any) -> None:
         (POSITIVE, lambda x: x > 0, "positive"),
         (FRACTIONS, lambda x: 0 <= x <= 1, "between 0 and 1"),
         (("gamma_denoising",), lambda x: 0 < x <= 1, "above 0 and at most 1"),
-        (("clip_range_rate",), math.isfinite, "finite"),
+        (("ent_coef", "clip_range_rate"), math.isfinite, "finite"),
     ):
         for name in names:
             value = getattr(model, name)

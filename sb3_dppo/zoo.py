@@ -13,18 +13,17 @@ import zipfile
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import optuna
-from optuna.storages import RDBStorage, fail_stale_trials
 from stable_baselines3.common.callbacks import ProgressBarCallback
 
 from sb3_dppo import ranks
 from sb3_dppo.dppo import DPPO
 
+if TYPE_CHECKING:
+    import optuna
+
 HYPERPARAMS = Path(str(files("sb3_dppo.hyperparams")))
-# Between two signs of life of a trial; without one for twice as long it is lost.
-HEARTBEAT_SECONDS = 60
 
 
 def register() -> None:
@@ -37,11 +36,13 @@ def register() -> None:
         utils.ALGOS["dppo"] = DPPO
     manager = getattr(experiments, "ExperimentManager", None)
     if experiments is not None and manager is not None and "dppo" not in experiments.HYPERPARAMS_SAMPLER:
+        from sb3_dppo.heartbeat import with_heartbeat  # Optuna, which is loaded then.
+
         experiments.HYPERPARAMS_SAMPLER["dppo"] = sample_dppo_params
         experiments.HYPERPARAMS_CONVERTER["dppo"] = convert_dppo_params
         manager.__init__ = _with_our_arguments(manager.__init__)
         manager.objective = _with_fixed_hyperparams(_with_progress(manager.objective))
-        manager.hyperparameters_optimization = _with_heartbeat(manager.hyperparameters_optimization)
+        manager.hyperparameters_optimization = with_heartbeat(manager.hyperparameters_optimization)
 
 
 class _TrialId(int):
@@ -98,7 +99,7 @@ def _with_progress(objective: Any) -> Any:
     """
 
     @functools.wraps(objective)
-    def wrapped(manager: Any, trial: optuna.Trial) -> float:
+    def wrapped(manager: Any, trial: "optuna.Trial") -> float:
         if manager.algo != "dppo" or not manager.show_progress or manager.n_jobs != 1:
             return objective(manager, trial)
         given, bar = manager.specified_callbacks, ProgressBarCallback()
@@ -109,45 +110,6 @@ def _with_progress(objective: Any) -> Any:
             manager.specified_callbacks = given
             if hasattr(bar, "pbar"):  # that of a trial that failed is still open
                 bar.pbar.close()
-
-    return wrapped
-
-
-class _HeartbeatStorage(RDBStorage):
-    """A database in which running trials leave signs of life. rl_zoo3 takes it for the URL that it stands for."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=2 * HEARTBEAT_SECONDS)
-
-    def __str__(self) -> str:
-        return self.url
-
-    def endswith(self, suffix: str) -> bool:
-        return self.url.endswith(suffix)
-
-
-def _with_heartbeat(optimization: Any) -> Any:
-    """
-    In rl_zoo3 the trial of a process that was killed counts as running for ever, also among ``--max-total-trials``.
-
-    :param optimization: ``ExperimentManager.hyperparameters_optimization``.
-    :return: The same. With "dppo" and a database as ``--storage`` such trials are marked as failed. Optuna does it before each
-        trial, and here before the first one.
-    """
-
-    @functools.wraps(optimization)
-    def wrapped(manager: Any) -> None:
-        url = manager.storage
-        if manager.algo != "dppo" or url is None or url.endswith(".log"):
-            return optimization(manager)
-        storage = _HeartbeatStorage(url)
-        if manager.study_name in optuna.get_all_study_names(storage):
-            fail_stale_trials(optuna.load_study(study_name=manager.study_name, storage=storage))
-        manager.storage = storage
-        try:
-            return optimization(manager)
-        finally:
-            manager.storage = url
 
     return wrapped
 
@@ -171,7 +133,7 @@ def _with_fixed_hyperparams(objective: Any) -> Any:
     """
 
     @functools.wraps(objective)
-    def wrapped(manager: Any, trial: optuna.Trial) -> float:
+    def wrapped(manager: Any, trial: "optuna.Trial") -> float:
         if manager.algo == "dppo":
             act_steps = _act_steps(manager)
             trial.suggest_int("act_steps", act_steps, act_steps)
@@ -201,7 +163,7 @@ def _act_steps(manager: Any) -> int:
         env.close()
 
 
-def sample_dppo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+def sample_dppo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
     Sampler for DPPO hyperparams. It leaves out what a pre-trained policy fixes (``policy_kwargs``) or limits
     (``act_steps``, ``ft_denoising_steps``, the scheduler), so that it also serves with ``pretrained`` in the YAML.

@@ -62,7 +62,6 @@ NAN = float("nan")
         ("min_logprob_std", 0.0),
         ("noise_clip", 0.0),
         ("ent_coef", "auto"),
-        ("ent_coef", -0.1),
         ("seed", "1"),
         ("device", "gpu"),
         ("n_steps", 100.5),

@@ -23,8 +23,8 @@ N_TRIALS = 4
 # rl_zoo3.train, with signs of life that are worth waiting for.
 PROGRAM = f"""
 import runpy
-import sb3_dppo.zoo
-sb3_dppo.zoo.HEARTBEAT_SECONDS = {HEARTBEAT_SECONDS}
+import sb3_dppo.heartbeat
+sb3_dppo.heartbeat.HEARTBEAT_SECONDS = {HEARTBEAT_SECONDS}
 runpy.run_module("rl_zoo3.train", run_name="__main__", alter_sys=True)
 """
 
