@@ -227,7 +227,7 @@ class DecisionRollouts(ResumableAlgorithm):
         """Tell the buffer which episodes have ended, with the value of the last observation of those that were truncated."""
         if isinstance(infos, BatchedInfos):
             truncated: Any = np.flatnonzero(infos.truncated)
-            last_obs: Any = take(infos.last_obs, truncated)
+            last_obs: Any = take(infos.last_obs, truncated) if len(truncated) > 0 else None
         else:
             known = [info.get("terminal_observation") if info.get("TimeLimit.truncated", False) else None for info in infos]
             truncated = [env_index for env_index in np.flatnonzero(dones) if known[env_index] is not None]

@@ -216,7 +216,7 @@ def test_errors_before_training(demonstrations: Demonstrations, message: str) ->
         BC(make_model(), demonstrations)
 
 
-def test_sources_and_other_algorithms(tmp_path: Path) -> None:
+def test_sources_and_other_algorithms() -> None:
     model = DPPO("DiffusionMlpPolicy", "Hopper-v5", policy_kwargs=SMALL, device="cpu")
     assert BC(model, "hopper-medium").demonstrations.env_id == load_demonstrations("hopper-medium").env_id
     with pytest.raises(TypeError, match="model=PPO must be a DPPO"):
