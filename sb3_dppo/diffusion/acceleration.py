@@ -26,7 +26,7 @@ CPU_SLICE_SIZE = 3072
 def threads_for(batch_size: int) -> Iterator[None]:
     """Denoise small batches on one CPU thread: another gains little, and stalls where processes of envs want its core."""
     n_threads = th.get_num_threads()
-    if batch_size > ONE_THREAD_BATCH_SIZE or n_threads == 1:
+    if th.compiler.is_exporting() or batch_size > ONE_THREAD_BATCH_SIZE or n_threads == 1:
         yield
         return
     th.set_num_threads(1)

@@ -302,7 +302,7 @@ class MlpDenoiser(SinusoidalDenoiser):
         return [partial(predict, time_part) for time_part in time_parts.unbind()]
 
     def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
-        inputs = th.cat([sample.flatten(1), time_embedding.expand(len(sample), -1), condition], dim=1)
+        inputs = th.cat([sample.flatten(1), time_embedding.expand(sample.shape[0], -1), condition], dim=1)
         if self.film is None:
             return self.mlp(inputs).view_as(sample)
         modulation = self.film(inputs[:, self.input_sizes[0] :])
@@ -421,5 +421,5 @@ class TransformerDenoiser(SinusoidalDenoiser):
         self.output = nn.Linear(width, action_dim)
 
     def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
-        memory = th.stack([time_embedding.expand(len(sample), -1), condition], dim=1)
+        memory = th.stack([time_embedding.expand(sample.shape[0], -1), condition], dim=1)
         return self.output(self.transformer(self.tokens(sample) + self.position, memory))

@@ -145,7 +145,7 @@ class FilmUnetDenoiser(SinusoidalDenoiser):
         self.output = nn.Sequential(ConvBlock(net_arch[0], net_arch[0], **settings), nn.Conv1d(net_arch[0], action_dim, 1))
 
     def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
-        condition = th.cat([time_embedding.expand(len(sample), -1), condition], dim=1)
+        condition = th.cat([time_embedding.expand(sample.shape[0], -1), condition], dim=1)
         x, skips = sample.transpose(1, 2), []
         for level, blocks in enumerate(self.down):
             x = blocks(x, condition)

@@ -91,7 +91,7 @@ class VitExtractor(BaseFeaturesExtractor):
         """
         parts = observations if isinstance(observations, dict) else {"": observations}
         first = parts[self.image_keys[0]]
-        vectors = th.cat([first.new_empty(len(first), 0), *(parts[key].flatten(1) for key in self.vector_keys)], dim=1)
+        vectors = th.cat([first.new_empty(first.shape[0], 0), *(parts[key].flatten(1) for key in self.vector_keys)], dim=1)
         features = [self.encoders[str(index)](parts[key], vectors) for index, key in enumerate(self.image_keys)]
         return th.cat([*features, vectors], dim=1)
 

@@ -13,7 +13,7 @@ Obs = TypeVar("Obs")
 
 def batch_size_of(obs: Any) -> int:
     """B."""
-    return len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
+    return (next(iter(obs.values())) if isinstance(obs, dict) else obs).shape[0]
 
 
 def parts_of(obs: Any) -> list[Any]:
