@@ -2,7 +2,7 @@
 
 import io
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -244,18 +244,46 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         known = set(constructor_arguments(cls)) - {"policy", "env", "pretrained", "_init_setup_model"}
         refuse_unknown(f"{cls.__name__}.{method}()", kwargs, known)
 
-    def save_pretrained(self, folder: str | pathlib.Path) -> None:
+    def save_pretrained(
+        self, folder: str | pathlib.Path, returns: Sequence[float] | None = None, repo_id: str | None = None
+    ) -> None:
         """
         Save the model in a folder that is safe to share: weights as safetensors, settings and spaces as JSON, a model card,
         and nothing that is executed when it is loaded. The optimisers' state is not in it: to go on exactly, use :meth:`save`.
 
         :param folder: The folder, made if it doesn't exist. In one that does, the files of an earlier model are replaced and
             others stay.
+        :param returns: Of episodes of an evaluation, for the model card: what ``evaluate_policy`` with
+            ``return_episode_rewards=True`` returns first.
+        :param repo_id: Where it will be on the Hugging Face hub, for the model card
         :raises ValueError: naming the argument that can't be written, such as a function or a class of your own
         """
         from sb3_dppo.runs.sharing import save_pretrained  # pydantic takes a moment to load.
 
-        save_pretrained(self, folder)
+        save_pretrained(self, folder, returns, repo_id)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        returns: Sequence[float] | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Add model",
+    ) -> str:
+        """
+        Put what :meth:`save_pretrained` writes on the Hugging Face hub, from where ``from_pretrained("user/name")`` loads it.
+
+        :param repo_id: "user/name", made if it doesn't exist
+        :param returns: See :meth:`save_pretrained`
+        :param private: Whether a new repository can be seen by its owner only; ``None`` as is usual for the owner
+        :param token: The user's; ``None``: that of ``hf auth login``, or in the variable HF_TOKEN
+        :param commit_message: Message of the commit
+        :return: Address of the repository
+        :raises ValueError: as of :meth:`save_pretrained`, or for a name of another form
+        """
+        from sb3_dppo.runs.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, returns, private, token, commit_message)
 
     @classmethod
     def from_pretrained(
@@ -263,22 +291,25 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         folder: str | pathlib.Path,
         env: GymEnv | str | None = None,
         device: th.device | str = "auto",
+        revision: str | None = None,
         **kwargs: Any,
     ) -> SelfResumable:
         """
         Load a model from a folder that :meth:`save_pretrained` made. Nothing in it is executed, whoever made it.
 
-        :param folder: The folder
+        :param folder: The folder, or "user/name", where :meth:`push_to_hub` has put one
         :param env: The env to run the model on, with as many copies as you like; ``None`` if it is only to predict. If the
             model was trained with ``VecNormalize``, the env gets its statistics, in a ``VecNormalize`` of its own or a new one
         :param device: Device on which the code should run
+        :param revision: Branch, tag or commit on the hub; ``None``: its main branch
         :param kwargs: Constructor arguments to change, for instance ``ft_denoising_steps``, ``scheduler`` or ``n_steps``
         :return: The model
-        :raises FileNotFoundError: if the folder, or a file that belongs in it, does not exist
+        :raises FileNotFoundError: if the folder, or a file that belongs in it, does not exist, nor a model on the hub
         :raises ValueError: for files that are damaged, too large or not of such a model, or an env that does not fit it
         :raises TypeError: for an argument that the constructor does not have, or that is the folder's
         """
+        from sb3_dppo.runs.hub import find_folder
         from sb3_dppo.runs.sharing import from_pretrained
 
         cls._check_names("from_pretrained", kwargs)
-        return from_pretrained(cls, folder, env, device, kwargs)
+        return from_pretrained(cls, find_folder(folder, revision), env, device, kwargs)

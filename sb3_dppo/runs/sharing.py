@@ -12,6 +12,7 @@ import re
 import reprlib
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,15 @@ ATTRIBUTES = {name: name for name in ("num_timesteps", "n_rollouts", "pretrained
 ATTRIBUTES |= dict(n_updates="_n_updates", progress_remaining="_current_progress_remaining")
 
 
-def save_pretrained(model: OnPolicyAlgorithm, folder: str | Path) -> None:
+def save_pretrained(
+    model: OnPolicyAlgorithm, folder: str | Path, returns: Sequence[float] | None = None, repo_id: str | None = None
+) -> None:
     """See :meth:`sb3_dppo.DPPO.save_pretrained`."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is a file: choose another name.")
     config = _make_config(model)
+    card = make_card(model, config, returns, repo_id)
     tensors = _policy_tensors(model.policy) | _statistics(model.get_vec_normalize_env())
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     # In a folder beside it and renamed, so that an interruption leaves what was there before.
@@ -61,7 +65,7 @@ def save_pretrained(model: OnPolicyAlgorithm, folder: str | Path) -> None:
         if len(text.encode()) > MAX_JSON_BYTES:
             raise ValueError(f"The configuration takes {len(text)} characters, more than {MAX_JSON_BYTES}: simplify spaces.")
         (unfinished / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        (unfinished / CARD_FILE).write_text(make_card(model, config), encoding="utf-8")
+        (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
         if folder.exists():
             # Other files in it stay. If this is interrupted, the digest tells that the files don't belong together.
             for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
