@@ -5,19 +5,19 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.utils import explained_variance, update_learning_rate
+from stable_baselines3.common.utils import update_learning_rate
 
 from sb3_dppo import arguments, ranks
 from sb3_dppo.actor_critic import DiffusionActorCriticPolicy
 from sb3_dppo.buffers import DenoisingRolloutBuffer, DenoisingRolloutBufferSamples, RewardScaler
+from sb3_dppo.diagnostics import log_update
 from sb3_dppo.diffusion.acceleration import CPU_SLICE_SIZE, keep_freed_memory
 from sb3_dppo.features.observations import check_observation_space
-from sb3_dppo.gradients import check_update, compute_gradients, gradient_step, mean_metrics
+from sb3_dppo.gradients import check_update, compute_gradients, gradient_step
 from sb3_dppo.losses import LossSettings, Metrics, actor_loss, behaviour_cloning_loss, clip_ranges, pair_advantages, value_loss
 from sb3_dppo.policies import POLICIES
 from sb3_dppo.rollouts import DecisionRollouts
@@ -319,7 +319,7 @@ class DPPO(DecisionRollouts):
             self._n_updates += 1
         check_update(self.policy, history["loss"], f"{self.n_rollouts + 1} (num_timesteps={self.num_timesteps})")
         self.n_rollouts += 1
-        self._log_update(history, settings, learning_rates)
+        log_update(self, history, settings, learning_rates)
         # When the rates go to zero, the policy can no longer follow statistics that change.
         if self.updates_normalizer and not begins_normalization and self.cooldown_factor == 1:
             self._update_normalizer()
@@ -332,7 +332,8 @@ class DPPO(DecisionRollouts):
 
         :param samples: A minibatch.
         :return: The loss, and metrics that stay on the device: "policy_gradient_loss", "value_loss", "approx_kl",
-            "clip_fraction", "ratio", "bc_loss", "base_kl" and "eta", with ``learn_std="state"`` also "std".
+            "clip_fraction", "ratio", "bc_loss", "base_kl" and "eta", with ``learn_std="state"`` also "std", and sums over the
+            pairs of each denoising index, "by_denoising_step".
         """
         settings = self._loss_settings()
         loss, metrics = actor_loss(self.policy, samples, self._advantages(samples), settings, samples.n_pairs)
@@ -402,26 +403,6 @@ class DPPO(DecisionRollouts):
         self._apply_settings()
         # Adam's moments are of gradients that came from other steps.
         self.policy.make_optimizers(self.lr_schedule(self._current_progress_remaining))
-
-    def _log_update(
-        self, history: dict[str, list[th.Tensor]], settings: LossSettings, learning_rates: dict[str, float]
-    ) -> None:
-        for name, value in mean_metrics(history).items():
-            if name != "base_kl" or settings.kl_coef > 0:  # otherwise it is not computed
-                self.logger.record(f"train/{name}", value)
-        buffer = self.rollout_buffer
-        parts = ranks.gather((buffer.old_values[: buffer.size()].cpu().numpy(), buffer.returns.cpu().numpy()))
-        old_values, returns = (np.concatenate([part[i] for part in parts]) for i in range(2))
-        self.logger.record("train/explained_variance", explained_variance(old_values, returns))
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/learning_rate", learning_rates["learning_rate"])
-        self.logger.record("train/critic_learning_rate", learning_rates["critic_learning_rate"])
-        self.logger.record("train/ft_denoising_steps", self.policy.sampler.ft_denoising_steps)
-        self.logger.record("train/clip_range", settings.clip_ranges[-1].item())
-        if settings.clip_range_vf is not None:
-            self.logger.record("train/clip_range_vf", settings.clip_range_vf)
-        if "std" not in history:  # it is the same in all decisions
-            self.logger.record("train/std", th.as_tensor(self.policy.sampler.floors()[0]).mean().item())
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer", "policy.critic_optimizer", "policy.noise_optimizer"], []

@@ -17,6 +17,8 @@ from sb3_dppo.diffusion.sampler import mean_log_prob, mean_over_executed
 from sb3_dppo.features.observations import take
 
 Metrics = dict[str, th.Tensor]
+# What is known of each denoising index: divergence from the policy of the rollout, clipped pairs, std in log-probabilities.
+STEP_STATISTICS = ("approx_kl", "clip_fraction", "std")
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,21 @@ def actor_loss(
             ratio=ratio.sum() / n_pairs,
             base_kl=base_kl,
             eta=mean_eta,
+            by_denoising_step=_sums_by_step(index, sampler.ft_denoising_steps, ratio, log_ratio, clip_range, std),
         )
         if sampler.config.learn_std == "state":
             metrics["std"] = std.mean() * (len(ratio) / n_pairs)
     return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def _sums_by_step(
+    index: th.Tensor, n_steps: int, ratio: th.Tensor, log_ratio: th.Tensor, clip_range: th.Tensor, std: th.Tensor
+) -> th.Tensor:
+    """Over the pairs of each of K' denoising indices: ``STEP_STATISTICS``, and how many pairs there are, shape (4, K')."""
+    approx_kl, clipped = (ratio - 1) - log_ratio, (ratio - 1).abs() > clip_range
+    rows = th.stack([approx_kl, clipped.float(), std.mean(dim=(1, 2)), th.ones_like(ratio)])
+    # A product, for index_add_ goes row by row on a CPU.
+    return rows @ (index[:, None] == th.arange(n_steps, device=index.device)).float()
 
 
 def value_loss(

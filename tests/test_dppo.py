@@ -165,6 +165,7 @@ def test_loss_is_the_same_for_both_orders_and_starts_at_ratio_one() -> None:
         "bc_loss",
         "base_kl",
         "eta",
+        "by_denoising_step",
     }
 
 
@@ -193,7 +194,7 @@ def test_one_pair_is_not_normalised_and_one_step_has_a_clip_range() -> None:
     samples: DenoisingRolloutBufferSamples = next(model.rollout_buffer.get(1))
     assert len(samples.decision_index) == 1
     loss, metrics = model.loss(samples)
-    assert loss.isfinite() and all(value.isfinite() for value in metrics.values())
+    assert loss.isfinite() and all(value.isfinite().all() for value in metrics.values())
     assert model._loss_settings().clip_ranges.tolist() == pytest.approx([0.2])
 
 
@@ -263,8 +264,12 @@ def test_tensorboard_and_logger_names(tmp_path: Path) -> None:
         "clip_fraction",
         "explained_variance",
         "learning_rate",
+        "advantage_std",
+        "actor_grad_norm",
+        "critic_grad_norm",
     }
     assert {f"train/{name}" for name in expected} <= names
+    assert "denoising/clip_fraction_00" in names
     # What is not computed is not logged.
     assert not {"train/base_kl", "train/bc_loss"} & names
     model.kl_coef = 0.1

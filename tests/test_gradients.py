@@ -38,6 +38,7 @@ def test_slices_of_a_minibatch_add_up_to_its_loss(n_slices: int, kwargs: dict[st
             th.testing.assert_close(parameter.grad, value, rtol=1e-4, atol=1e-7)
     for name in ("policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction", "ratio", "base_kl", "bc_loss"):
         th.testing.assert_close(found.get(name, th.tensor(0.0)), metrics[name], rtol=1e-4, atol=1e-6)
+    th.testing.assert_close(found["by_denoising_step"], metrics["by_denoising_step"], rtol=1e-4, atol=1e-6)
     th.testing.assert_close(found["loss"], loss.detach(), rtol=1e-4, atol=1e-6)
 
 
