@@ -23,6 +23,8 @@ from sb3_dppo.schedules import cooldown, make_schedule
 PRETRAINED_STD = 0.1
 # Decisions whose log-probabilities are computed at once.
 ROWS_AT_ONCE = 1024
+# Of a run, from its beginning, in which the statistics that normalise observations change.
+STATISTICS_SHARE = 0.1
 
 
 class DecisionRollouts(ResumableAlgorithm):
@@ -166,6 +168,14 @@ class DecisionRollouts(ResumableAlgorithm):
     def cooldown_factor(self) -> float:
         """Of the learning rates in this rollout: below 1 at the end of a run with ``lr_decay="cooldown"``."""
         return cooldown(self._remaining_of_run()) if self.lr_decay == "cooldown" else 1.0
+
+    @property
+    def is_early_in_run(self) -> bool:
+        """
+        Whether the statistics that normalise observations still change. With each change the policy has to learn anew what
+        it knew, and later ones are of what it has become good at.
+        """
+        return self._remaining_of_run() > 1 - STATISTICS_SHARE
 
     @property
     def updates_normalizer(self) -> bool:
