@@ -57,8 +57,9 @@ def _curves(args: argparse.Namespace) -> Figure:
     curves = read_curves(args.folders)
     try:
         for (env, algorithm), (mean, low, high) in interquartile_means(curves).items():
-            interval = f"95 % interval {low:.1f} to {high:.1f}"
-            print(f"{env} {algorithm}: interquartile mean of the last evaluations {mean:.1f}, {interval}")
+            n_runs = len(curves[env, algorithm])
+            interval = f"95 % interval {low:.1f} to {high:.1f}, {n_runs} runs" if n_runs > 1 else "one run"
+            print(f"{env} {algorithm}: interquartile mean of the last evaluations {mean:.1f} ({interval})")
     except ImportError:
         print("For interquartile means with their intervals, install rliable.")
     return plot_curves(curves)
