@@ -55,7 +55,9 @@ class AvoidingEnv(gym.Env):
 def demonstrations(n_episodes: int, seed: int) -> Demonstrations:
     """Episodes that take each of the three ways in turn, with noise."""
     rng, env = np.random.default_rng(seed), AvoidingEnv()
-    observations, actions, lengths = [], [], []
+    observations: list[np.ndarray] = []
+    actions: list[np.ndarray] = []
+    lengths: list[int] = []
     while len(lengths) < n_episodes:
         way = np.array([0.0, WAYS[len(lengths) % len(WAYS)]])
         obs, _ = env.reset()

@@ -99,6 +99,11 @@ class DecisionRollouts(ResumableAlgorithm):
         ranks.share_random_numbers(self.device)
         self._begin_rollout()
         self._apply_settings()
+        with self.policy.sampler.keep_constants():
+            return self._collect(env, callback, n_rollout_steps)
+
+    def _collect(self, env: VecEnv, callback: BaseCallback, n_rollout_steps: int) -> bool:
+        """What is left of :meth:`collect_rollouts`."""
         rollout_buffer = self.rollout_buffer  # another one if the settings have changed
         self.policy.set_training_mode(False)
         rollout_buffer.reset()

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 from torch import nn
@@ -169,16 +169,23 @@ class Denoiser(nn.Module, ABC):
 
     obs_encoder: nn.Module
 
-    def for_chain(self, features: th.Tensor, timesteps: th.Tensor) -> list[Callable[[th.Tensor], th.Tensor]]:
+    def prepare(self, timesteps: th.Tensor) -> Any:
         """
-        Prepare a denoising chain: what does not change along it is computed here, once.
+        :param timesteps: Timesteps of a chain's steps, shape (S,).
+        :return: What :meth:`for_chain` needs of them, whatever is observed.
+        """
+        return self.embed_timesteps(timesteps)
+
+    def for_chain(self, features: th.Tensor, prepared: Any) -> list[Callable[[th.Tensor], th.Tensor]]:
+        """
+        Begin a denoising chain: what does not change along it is computed here, once.
 
         :param features: Observation features, shape (B, features_dim).
-        :param timesteps: Timesteps of the chain's steps, shape (S,).
+        :param prepared: Of :meth:`prepare`.
         :return: For each step, a function of noisy chunks, shape (B, Tp, Da), that returns the prediction.
         """
         condition = self.encode(features)
-        return [partial(self, time_embedding=row, condition=condition) for row in self.embed_timesteps(timesteps)]
+        return [partial(self, time_embedding=row, condition=condition) for row in prepared]
 
     def encode(self, features: th.Tensor) -> th.Tensor:
         """
@@ -227,6 +234,22 @@ class SinusoidalDenoiser(Denoiser):
         # Those of a flow are no whole numbers, and so not in the table.
         in_table = not timesteps.is_floating_point()
         return self.time_mlp(self.sinusoids[timesteps] if in_table else sinusoids_of(timesteps, self.sinusoids.shape[1]))
+
+
+class _PlainChain(NamedTuple):
+    """
+    An ``MlpDenoiser`` as functions, its first layer by what it sees.
+
+    :param chunk_weight: The noisy chunk's part, shape (Tp·Da, width).
+    :param obs_weight: The encoded observation's, shape (condition_dim, width).
+    :param time_parts: What each timestep adds, shape (width,).
+    :param following: The layers after it.
+    """
+
+    chunk_weight: th.Tensor
+    obs_weight: th.Tensor
+    time_parts: tuple[th.Tensor, ...]
+    following: list[Callable[[th.Tensor], th.Tensor]]
 
 
 class MlpDenoiser(SinusoidalDenoiser):
@@ -283,23 +306,27 @@ class MlpDenoiser(SinusoidalDenoiser):
             nn.init.zeros_(self.film.weight)
             nn.init.zeros_(self.film.bias)
 
-    def for_chain(self, features: th.Tensor, timesteps: th.Tensor) -> list[Callable[[th.Tensor], th.Tensor]]:
+    def prepare(self, timesteps: th.Tensor) -> Any:
         first = self.mlp[0]
         if self.film is not None or type(self) is not MlpDenoiser or type(first) is not nn.Linear or not is_plain(self):
-            return super().for_chain(features, timesteps)
+            return super().prepare(timesteps)
         # The first layer by what it sees: at each step only the noisy chunk's part is computed anew.
         chunk_weight, time_weight, obs_weight = first.weight.t().split(self.input_sizes)
-        obs_part = self.encode(features) @ obs_weight
-        time_parts = _linear(time_weight, first.bias, self.embed_timesteps(timesteps))
-        following = plain_functions([*self.mlp][1:])
+        time_parts = _linear(time_weight, first.bias, self.embed_timesteps(timesteps)).unbind()
+        return _PlainChain(chunk_weight, obs_weight, time_parts, plain_functions([*self.mlp][1:]))
+
+    def for_chain(self, features: th.Tensor, prepared: Any) -> list[Callable[[th.Tensor], th.Tensor]]:
+        if not isinstance(prepared, _PlainChain):
+            return super().for_chain(features, prepared)
+        obs_part = self.encode(features) @ prepared.obs_weight
 
         def predict(time_part: th.Tensor, sample: th.Tensor) -> th.Tensor:
-            hidden = th.addmm(obs_part, sample.flatten(1), chunk_weight).add_(time_part)
-            for layer in following:
+            hidden = th.addmm(obs_part, sample.flatten(1), prepared.chunk_weight).add_(time_part)
+            for layer in prepared.following:
                 hidden = layer(hidden)
             return hidden.view_as(sample)
 
-        return [partial(predict, time_part) for time_part in time_parts.unbind()]
+        return [partial(predict, time_part) for time_part in prepared.time_parts]
 
     def forward(self, sample: th.Tensor, time_embedding: th.Tensor, condition: th.Tensor) -> th.Tensor:
         inputs = th.cat([sample.flatten(1), time_embedding.expand(sample.shape[0], -1), condition], dim=1)

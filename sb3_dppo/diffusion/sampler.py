@@ -1,7 +1,8 @@
 """How a diffusion policy is sampled: settings, denoising chains, their log-probabilities, and η of DDIM, fixed or learned."""
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch as th
 from torch.nn import functional as F
 
 from sb3_dppo.diffusion.acceleration import COMPILE_OPTIONS, PRECISIONS, Compiled, CudaGraphs, precision_context, threads_for
+from sb3_dppo.diffusion.constants import Constants
 from sb3_dppo.diffusion.denoisers import Denoiser, gather_rows
 from sb3_dppo.diffusion.noise import LEARNED, InwardClamp
 from sb3_dppo.diffusion.process import DenoisingChain, Process, gaussian_log_prob
@@ -166,6 +168,7 @@ class DiffusionSampler:
         self.first_action = first_action
         self.compiled_denoise = Compiled(self._denoise)
         self.denoise_graphs = CudaGraphs(self._denoise)
+        self.constants = Constants()
         self.config = config
 
     @property
@@ -182,7 +185,14 @@ class DiffusionSampler:
     def forget(self) -> None:
         """Forget what was computed or recorded with the settings, and at the addresses, that the sampler had."""
         self._stds: dict[bool, tuple[th.Tensor, th.Tensor]] = {}
+        self.constants.clear()
         self.denoise_graphs.clear()
+
+    def keep_constants(self) -> AbstractContextManager[None]:
+        """While networks are not exchanged: what all chains have in common is computed once."""
+        # Graphs and compiled functions have it in them.
+        is_eager = self.config.compile is not True and self.process.table.device.type == "cpu"
+        return self.constants.keep() if is_eager else nullcontext()
 
     @property
     def process(self) -> Process:
@@ -278,9 +288,9 @@ class DiffusionSampler:
         with self.autocast():
             predictions = []
             if base_features is not None and n_base_steps > 0:
-                predictions += self.networks.base_denoiser.for_chain(base_features, process.timesteps[:n_base_steps])
+                predictions += self._begin_chain("base_denoiser", base_features, slice(n_base_steps))
             if features is not None and n_base_steps < self.inference_steps:
-                predictions += self.networks.denoiser.for_chain(features, process.timesteps[n_base_steps:])
+                predictions += self._begin_chain("denoiser", features, slice(n_base_steps, None))
             step_noise = noise[1:].clamp(-noise_clip, noise_clip) * step_std
             sample = noise[0] if process.starts_from_noise else th.zeros_like(noise[0])
             iterates, means = [sample], []
@@ -300,13 +310,34 @@ class DiffusionSampler:
         log_prob = gaussian_log_prob(chain[:, 1:], th.stack(means, dim=1), log_prob_std)
         return DenoisingChain(iterates[-1], chain, log_prob)
 
+    def _begin_chain(self, name: str, features: th.Tensor, steps: slice) -> list[Callable[[th.Tensor], th.Tensor]]:
+        """Functions that predict, of one of the denoisers at these steps."""
+        denoiser = getattr(self.networks, name)
+        key = (name, steps.start, steps.stop)
+        prepared = self.constants.get(key, denoiser.parameters, lambda: denoiser.prepare(self.process.timesteps[steps]))
+        return denoiser.for_chain(features, prepared)
+
     def _sampling_stds(
         self, deterministic: bool, features: th.Tensor | None, learned_eta: th.Tensor | None
     ) -> tuple[th.Tensor, th.Tensor]:
         """``step_std`` and ``log_prob_std`` of :meth:`_denoise`."""
-        is_constant = learned_eta is None and not self.config.learns_std
-        if is_constant and deterministic in self._stds:
-            return self._stds[deterministic]
+
+        def compute() -> tuple[th.Tensor, th.Tensor]:
+            return self._stds_of(deterministic, features, learned_eta)
+
+        if learned_eta is not None or self.config.learn_std == "state":
+            return compute()
+        if self.config.learns_std:
+            networks = self.networks
+            weights = (networks.log_std, networks.noise_network.output.bias)
+            return self.constants.get(("stds", deterministic), lambda: weights, compute)
+        if deterministic not in self._stds:
+            self._stds[deterministic] = compute()
+        return self._stds[deterministic]
+
+    def _stds_of(
+        self, deterministic: bool, features: th.Tensor | None, learned_eta: th.Tensor | None
+    ) -> tuple[th.Tensor, th.Tensor]:
         eta = self.config.eta if learned_eta is None else learned_eta
         sigma = self.process.sigmas()[:, None, None, None]
         sampling_floor, log_prob_floor = self._floors_of_steps(features)
@@ -315,10 +346,7 @@ class DiffusionSampler:
         else:
             std = self._with_eta(sigma, eta).clamp(min=sampling_floor)
         log_prob_eta = eta if learned_eta is None else learned_eta[:, None]
-        log_prob_std = self._with_eta(sigma[self.n_base_steps :, 0], log_prob_eta).clamp(min=log_prob_floor)
-        if is_constant:
-            self._stds[deterministic] = std, log_prob_std
-        return std, log_prob_std
+        return std, self._with_eta(sigma[self.n_base_steps :, 0], log_prob_eta).clamp(min=log_prob_floor)
 
     def step_mean(
         self, denoiser: Denoiser, features: th.Tensor, chain_prev: th.Tensor, denoising_index: th.Tensor, eta: Any

@@ -40,7 +40,7 @@ def run_chain(denoiser: Denoiser) -> tuple[th.Tensor, th.Tensor]:
     features, timesteps = th.randn(7, FEATURES, generator=generator), th.arange(K).flip(0)
     samples = th.randn(K, 7, TP, DA, generator=generator)
     with th.no_grad():
-        chain = denoiser.for_chain(features, timesteps)
+        chain = denoiser.for_chain(features, denoiser.prepare(timesteps))
         chained = th.stack([predict(sample) for predict, sample in zip(chain, samples, strict=True)])
         # As in the update: one call, with timesteps mixed in the batch.
         embeddings = denoiser.embed_timesteps(timesteps).repeat_interleave(7, dim=0)
@@ -187,7 +187,8 @@ def test_what_is_plain() -> None:
 def test_gradients_flow_through_a_chain(name: str) -> None:
     denoiser = make_denoiser(name)
     features = th.randn(3, FEATURES, requires_grad=True)
-    sum(predict(th.randn(3, TP, DA)).sum() for predict in denoiser.for_chain(features, th.arange(K))).backward()  # type: ignore[union-attr]
+    chain = denoiser.for_chain(features, denoiser.prepare(th.arange(K)))
+    sum(predict(th.randn(3, TP, DA)).sum() for predict in chain).backward()  # type: ignore[union-attr]
     assert all(parameter.grad is not None for parameter in [features, *denoiser.parameters()])
 
 
