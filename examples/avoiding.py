@@ -101,7 +101,7 @@ def episodes(model: DPPO, n: int) -> tuple[list[np.ndarray], float]:
     """Paths of n episodes with the noise of exploration, and how many of them arrive."""
     envs = [AvoidingEnv() for _ in range(n)]
     obs = np.stack([env.reset()[0] for env in envs])
-    paths: list[list[np.ndarray]] = [[row] for row in obs]
+    paths: list[list[np.ndarray]] = [[row.copy()] for row in obs]
     done, arrived, state = np.zeros(n, dtype=bool), 0, None
     while not done.all():
         actions, state = model.predict(obs, state, deterministic=False)

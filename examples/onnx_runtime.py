@@ -18,10 +18,13 @@ import gymnasium as gym
 import numpy as np
 import onnxruntime
 
+TYPES = {f"tensor({name})": name for name in ("uint8", "int8", "int16", "int32", "int64")} | {"tensor(float)": "float32"}
+
 
 class Planner:
     """
-    Chunks of actions for one env, as ``predict(deterministic=True)`` plans them.
+    Chunks of actions for one env, as ``predict(deterministic=True)`` plans them. Where statistics of VecNormalize are in the
+    graph and ``deterministic_noise`` is "observation", the noise is another, for it follows from what the env observes.
 
     :param path: What ``python -m sb3_dppo.export`` wrote.
     """
@@ -36,11 +39,10 @@ class Planner:
         self.seconds: list[float] = []
 
     def __call__(self, obs: Any) -> np.ndarray:
-        """The actions of a new chunk for an observation of the env."""
+        """The actions of a new chunk for an observation of the env, its images with channels first."""
         start = time.perf_counter()
         obs = obs if isinstance(obs, dict) else {"observation": obs}
-        types = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8, "tensor(int64)": np.int64}
-        feed = {part.name: np.asarray(obs[part.name])[None].astype(types[part.type]) for part in self.inputs}
+        feed = {part.name: np.asarray(obs[part.name])[None].astype(TYPES[part.type]) for part in self.inputs}
         steps, _, *chunk = self.noise.shape
         seed = 0
         for name in sorted(feed):
@@ -87,7 +89,7 @@ def main() -> None:
     parser.add_argument("--n-episodes", type=int, default=10)
     args = parser.parse_args()
     env, planner = gym.make(args.env), Planner(args.policy)
-    planner.act_steps = args.act_steps or planner.act_steps
+    planner.act_steps = planner.act_steps if args.act_steps is None else args.act_steps
     n_actions = planner.session.get_outputs()[0].shape[1]
     if not 0 <= args.delay < planner.act_steps or planner.act_steps + args.delay > n_actions:
         parser.error(f"delay={args.delay} must be below act_steps={planner.act_steps}, both together at most {n_actions}.")

@@ -252,6 +252,12 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
             self.optimizer_class(parameters, lr=learning_rate, **self.optimizer_kwargs)  # type: ignore[call-arg]
             for parameters in (actor, critic, list(self.noise_network.parameters()))
         )
+        for optimizer in self.optimizers:
+            optimizer.register_step_post_hook(self._forget_constants)
+
+    def _forget_constants(self, *_: Any) -> None:
+        # Autograd does not see the step of a fused optimiser.
+        self.sampler.constants.clear()
 
     @property
     def optimizers(self) -> list[th.optim.Optimizer]:

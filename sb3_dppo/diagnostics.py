@@ -21,7 +21,7 @@ def log_update(
     :param learning_rates: Those of the update, by name.
     """
     record, sampler = model.logger.record, model.policy.sampler
-    _log_denoising_steps(model.logger, history.pop("by_denoising_step", []))
+    _log_denoising_steps(model.logger, history.pop("by_denoising_step", []), sampler.n_base_steps)
     for name, value in mean_metrics(history).items():
         if name != "base_kl" or settings.kl_coef > 0:  # otherwise it is not computed
             record(f"train/{name}", value)
@@ -38,7 +38,7 @@ def log_update(
     record("train/clip_range", settings.clip_ranges[-1].item())
     if settings.clip_range_vf is not None:
         record("train/clip_range_vf", settings.clip_range_vf)
-    if "std" not in history:  # it is the same in all decisions
+    if sampler.config.learn_std != "state":  # it is the same in all decisions
         record("train/std", th.as_tensor(sampler.floors()[0]).mean().item())
     for name, optimizer in dict(actor=model.policy.optimizer, critic=model.policy.critic_optimizer).items():
         gradients = [parameter.grad for parameter in optimizer.param_groups[0]["params"] if parameter.grad is not None]
@@ -46,10 +46,11 @@ def log_update(
             record(f"train/{name}_grad_norm", th.nn.utils.get_total_norm(gradients).item())
 
 
-def _log_denoising_steps(logger: Any, sums: list[th.Tensor]) -> None:
+def _log_denoising_steps(logger: Any, sums: list[th.Tensor], n_base_steps: int) -> None:
     """
     :param logger: Where to.
     :param sums: Of each gradient step that trained the actor, shape (4, K').
+    :param n_base_steps: S - K', so that a step has one name however many are fine-tuned.
     """
     parts = ranks.gather(th.stack(sums).sum(dim=0).cpu().numpy() if sums else None)
     totals = [part for part in parts if part is not None]
@@ -59,4 +60,6 @@ def _log_denoising_steps(logger: Any, sums: list[th.Tensor]) -> None:
     for name, values in zip(STEP_STATISTICS, statistics, strict=True):
         for index in np.flatnonzero(n_pairs):
             # Too many for the screen.
-            logger.record(f"denoising/{name}_{index:02d}", float(values[index] / n_pairs[index]), exclude="stdout")
+            logger.record(
+                f"denoising/{name}_{n_base_steps + index:02d}", float(values[index] / n_pairs[index]), exclude="stdout"
+            )

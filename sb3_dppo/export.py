@@ -8,6 +8,7 @@ import argparse
 import json
 import pickle
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import nn
 from sb3_dppo._version import __version__
 from sb3_dppo.actor_critic import DiffusionActorCriticPolicy
 from sb3_dppo.dppo import DPPO
+from sb3_dppo.runs.files import atomic_write
+from sb3_dppo.runs.schema import CONFIG_FILE
 
 # Of the graph's actions to PyTorch's, relative to the width of the action space.
 TOLERANCE = 1e-5
@@ -46,7 +49,12 @@ class Planner(nn.Module):
             self.obs_clip = float(vec_normalize.clip_obs)
             rms: Any = vec_normalize.obs_rms
             for key, value in (rms if isinstance(rms, dict) else {"": rms}).items():
+                part = space if key == "" else getattr(space, "spaces", {}).get(key)
+                if part is None or part.shape != value.mean.shape:
+                    raise ValueError(f"vec_normalize has statistics of another env: {key} {value.mean.shape}, not of {space}.")
                 self.statistics[key] = _mean_and_std(value, vec_normalize.epsilon)
+        box: Any = policy.action_space
+        self.low, self.high = (th.as_tensor(bound) for bound in _float_bounds(box.low, box.high))
 
     def forward(self, observations: tuple[th.Tensor, ...], noise: th.Tensor) -> th.Tensor:
         """
@@ -57,7 +65,8 @@ class Planner(nn.Module):
         parts = [self._normalize(key, part) for key, part in zip(self.keys or [""], observations, strict=True)]
         obs: Any = dict(zip(self.keys, parts, strict=True)) if self.keys else parts[0]
         chain = self.policy.sample_chain(obs, True, noise)
-        return self.policy.executable(chain.actions, on_device=True).float()
+        # Bounds of another type than the graph's may have rounded outwards.
+        return self.policy.executable(chain.actions, on_device=True).float().clamp(self.low, self.high)
 
     def _normalize(self, key: str, obs: th.Tensor) -> th.Tensor:
         if key not in self.statistics:
@@ -71,13 +80,20 @@ def _mean_and_std(statistics: RunningMeanStd, epsilon: float) -> tuple[th.Tensor
     return th.as_tensor(statistics.mean).float(), th.as_tensor(std).float()
 
 
+def _float_bounds(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The largest box of float32 numbers inside these bounds."""
+    inside_low, inside_high = low.astype(np.float32), high.astype(np.float32)
+    inside_low = np.where(inside_low < low, np.nextafter(inside_low, np.float32(np.inf)), inside_low)
+    return inside_low, np.where(inside_high > high, np.nextafter(inside_high, np.float32(-np.inf)), inside_high)
+
+
 def export_onnx(model: DPPO, path: str | Path, vec_normalize: VecNormalize | None = None) -> float:
     """
     Write the whole planner of a model as one ONNX graph: normalisation, features, all denoising steps, actions in the env's
     units, clipped to its bounds. It plans as ``predict(deterministic=True)`` does, with the noise as an input.
 
-    Inputs are the observations, called "observation" or by the keys of a ``Dict``, shape (B, ...), float32 where they are not
-    integers, and "noise", shape (S+1, B, Tp, Da), for any B; the output is "actions", shape
+    Inputs are the observations, called "observation" or by the keys of a ``Dict``, shape (B, ...), images with channels first,
+    float32 where they are not integers, and "noise", shape (S+1, B, Tp, Da), for any B; the output is "actions", shape
     ``(B, Tp - first_action, *action_space.shape)``. The file's metadata tell ``act_steps`` and ``deterministic_noise``. The
     result is compared with PyTorch's in ONNX Runtime.
 
@@ -87,7 +103,8 @@ def export_onnx(model: DPPO, path: str | Path, vec_normalize: VecNormalize | Non
         that of the model's env, if it has one.
     :return: The largest difference to PyTorch's actions, relative to the width of the action space.
     :raises ImportError: Without the extra ``export``.
-    :raises ValueError: For another ending, or where the graph does not compute what PyTorch does.
+    :raises ValueError: For another ending, for statistics of another env, or where the graph does not compute what PyTorch
+        does; then nothing is written.
     """
     try:
         import onnx
@@ -102,7 +119,8 @@ def export_onnx(model: DPPO, path: str | Path, vec_normalize: VecNormalize | Non
     planner = Planner(policy, model.get_vec_normalize_env() if vec_normalize is None else vec_normalize).eval()
     names = planner.keys or ["observation"]
     batch = th.export.Dim("batch", min=1)
-    observations, noise = _example(policy, 2)
+    rng = np.random.default_rng(0)
+    observations, noise = _example(policy, 2, rng)
     with warnings.catch_warnings(), th.no_grad():
         warnings.simplefilter("ignore")  # of PyTorch to itself
         planner(observations, noise)  # what the sampler computes once should be numbers, and not a part of the graph
@@ -121,13 +139,18 @@ def export_onnx(model: DPPO, path: str | Path, vec_normalize: VecNormalize | Non
     details = dict(act_steps=policy.sampler.act_steps, deterministic_noise=config.deterministic_noise)
     onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in details.items()})
     graph.producer_name, graph.producer_version = "sb3-dppo", __version__
-    path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(graph, path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors: it tells which operators it computes only when it runs
-    difference = _difference(planner, onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
+    data = graph.SerializeToString()
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    difference = _difference(planner, session, rng)
     if not difference <= TOLERANCE:
-        raise ValueError(f"The actions of {path} differ from PyTorch's by {difference:.1g} of the action space's width.")
+        raise ValueError(
+            f"The graph's actions would differ from PyTorch's by {difference:.1g} of the action space's width, so {path} was "
+            "not written. A features extractor of your own may do what ONNX can't: try one of Stable-Baselines3's."
+        )
+    with atomic_write(path) as file:
+        file.write(data)
     return difference
 
 
@@ -135,35 +158,68 @@ def _cpu_policy(model: DPPO) -> DiffusionActorCriticPolicy:
     """A copy that plans in the same way, as plainly as possible: what is learned about noise is not for acting."""
     plain = dict(compile=False, precision="float32", learn_eta=None, learn_std=None)
     parameters = model.policy._get_constructor_parameters() | plain
-    policy = type(model.policy)(**parameters).cpu()
+    with th.random.fork_rng():  # a run that goes on draws what it would have drawn
+        policy = type(model.policy)(**parameters).cpu()
     policy.load_state_dict(model.policy.state_dict())
     return policy
 
 
-def _example(policy: DiffusionActorCriticPolicy, n: int) -> tuple[tuple[th.Tensor, ...], th.Tensor]:
+def _example(policy: DiffusionActorCriticPolicy, n: int, rng: np.random.Generator) -> tuple[tuple[th.Tensor, ...], th.Tensor]:
     """Random observations, shape (n, ...) each, and noise."""
     space = policy.observation_space
-    samples = [space.sample() for _ in range(n)]
-    keys = list(space.spaces) if isinstance(space, spaces.Dict) else None
-    parts = [np.stack(samples)] if keys is None else [np.stack([sample[key] for sample in samples]) for key in keys]
-    tensors = (th.as_tensor(part) for part in parts)
-    return tuple(part.float() if part.dtype == th.double else part for part in tensors), policy.draw_noise(n)
+    parts = list(space.spaces.values()) if isinstance(space, spaces.Dict) else [space]
+    tensors = [th.as_tensor(np.stack([_random_value(part, rng) for _ in range(n)])) for part in parts]
+    noise = rng.standard_normal(policy.sampler.noise_shape(n), dtype=np.float32)
+    return tuple(tensors), th.as_tensor(noise)
 
 
-def _difference(planner: Planner, session: Any) -> float:
+def _random_value(space: spaces.Space, rng: np.random.Generator) -> Any:
+    """Of ordinary size, also where bounds are far away."""
+    if isinstance(space, spaces.Box) and space.dtype.kind == "f":  # type: ignore[union-attr]
+        return np.clip(rng.standard_normal(space.shape), space.low, space.high).astype(np.float32)
+    space = deepcopy(space)  # whose generator the env's owner may use
+    space.seed(int(rng.integers(2**31)))
+    return space.sample()
+
+
+def _difference(planner: Planner, session: Any, rng: np.random.Generator) -> float:
     space: Any = planner.policy.action_space
+    width = np.where(space.high > space.low, space.high - space.low, 1.0)
     names = [value.name for value in session.get_inputs()]
     largest = 0.0
     for n in BATCH_SIZES:
-        observations, noise = _example(planner.policy, n)
+        observations, noise = _example(planner.policy, n, rng)
         with th.no_grad():
             expected = planner(observations, noise).numpy()
         feed = dict(zip(names, (part.numpy() for part in (*observations, noise)), strict=True))
         (actions,) = session.run(None, feed)
         if actions.shape != expected.shape:
             raise ValueError(f"The graph's actions have the shape {actions.shape}, PyTorch's {expected.shape}.")
-        largest = max(largest, float((np.abs(actions - expected) / (space.high - space.low)).max()))
+        largest = max(largest, float((np.abs(actions - expected) / width).max()))
     return largest
+
+
+def _read_vec_normalize(path: str) -> VecNormalize:
+    try:
+        with open(path, "rb") as file:
+            value = pickle.load(file)
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+        raise ValueError(f"vec-normalize={path!r} can't be read as statistics of VecNormalize ({error}).") from error
+    if not isinstance(value, VecNormalize):
+        raise ValueError(f"vec-normalize={path!r} holds a {type(value).__name__}, not a VecNormalize.")
+    return value
+
+
+def _read_agent(path: str, env: str | None) -> DPPO:
+    """From a zip or a folder. An env is needed for statistics of VecNormalize that a folder holds."""
+    if not Path(path).is_dir():
+        return DPPO.load(path, device="cpu")
+    model = DPPO.from_pretrained(path, env=env, device="cpu")
+    if env is None and json.loads((Path(path) / CONFIG_FILE).read_text("utf-8"))["vec_normalize"] is not None:
+        raise ValueError(
+            f"{path} was trained under VecNormalize: name its env by --env, so that its statistics are read, too."
+        )
+    return model
 
 
 def main() -> None:
@@ -172,17 +228,20 @@ def main() -> None:
     parser.add_argument("agent", help="what was saved by save (.zip) or by save_pretrained (a folder)")
     parser.add_argument("-o", "--output", default="policy.onnx", help="file to write")
     parser.add_argument("--vec-normalize", help="vecnormalize.pkl of the same training, where observations were normalised so")
+    parser.add_argument("--env", help="id of its env, for a folder whose agent was trained under VecNormalize")
     args = parser.parse_args()
     try:
-        vec_normalize = None
-        if args.vec_normalize is not None:
-            with open(args.vec_normalize, "rb") as file:
-                vec_normalize = pickle.load(file)
-        model = DPPO.from_pretrained(args.agent) if Path(args.agent).is_dir() else DPPO.load(args.agent, device="cpu")
+        vec_normalize = None if args.vec_normalize is None else _read_vec_normalize(args.vec_normalize)
+        model = _read_agent(args.agent, args.env)
         difference = export_onnx(model, args.output, vec_normalize)
     except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
     print(f"Saved {args.output}: its actions differ from PyTorch's by {difference:.1g} of the action space's width")
+    normalizer = model.policy.normalizer
+    wrapper = vec_normalize or model.get_vec_normalize_env()
+    normalizes = normalizer.is_running or normalizer.has_ranges or wrapper is not None
+    if normalizer.has_vectors and not normalizes:
+        print("Its observations are not normalised. If it was trained under VecNormalize, pass --vec-normalize.")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def test_denoising_steps(capsys: pytest.CaptureFixture[str]) -> None:
 
     model.train()
     logged = model.logger.name_to_value
-    np.testing.assert_allclose([logged[f"denoising/std_{index:02d}"] for index in range(3)], sigmas, rtol=1e-4)
+    np.testing.assert_allclose([logged[f"denoising/std_{index:02d}"] for index in (1, 2, 3)], sigmas, rtol=1e-4)
     assert logged["train/advantage_std"] == pytest.approx(float(model.rollout_buffer.advantages.std(correction=0)), rel=1e-4)
     model.logger.dump()
     assert "denoising/" not in capsys.readouterr().out
@@ -43,3 +43,18 @@ def test_a_critic_that_warms_up_has_no_denoising_steps() -> None:
     names = rolled_out(critic_warmup=5).logger.name_to_value
     assert not [name for name in names if name.startswith("denoising/")]
     assert "train/critic_grad_norm" in names and "train/actor_grad_norm" not in names
+
+
+def test_a_std_of_the_state_is_not_known_while_the_critic_warms_up() -> None:
+    names = rolled_out(critic_warmup=5, learn_std="state", min_sampling_std=0.1).logger.name_to_value
+    assert "train/std" not in names and "train/value_loss" in names
+
+
+def test_a_step_has_one_name_however_many_are_fine_tuned() -> None:
+    model = rolled_out(ft_denoising_steps=3, ft_denoising_anneal=(1, 1))
+    first = {name for name in model.logger.name_to_value if name.startswith("denoising/std")}
+    model.logger.name_to_value.clear()
+    model.learn(32)
+    second = {name for name in model.logger.name_to_value if name.startswith("denoising/std")}
+    assert first == {f"denoising/std_{step:02d}" for step in (1, 2, 3)}
+    assert second == {f"denoising/std_{step:02d}" for step in (2, 3)}

@@ -9,6 +9,14 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+
+class StraightOn:
+    """A policy that goes to the right."""
+
+    def predict(self, obs: np.ndarray, state: Any, deterministic: bool) -> tuple[np.ndarray, Any]:
+        return np.tile([1.0, 0.0], (len(obs), 1)), state
+
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -19,7 +27,7 @@ def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
     for cell in cells:
         if cell["cell_type"] == "code":
-            exec("".join(cell["source"]), names)
+            exec("".join(line for line in cell["source"] if not line.startswith("%")), names)
             if "parameters" in cell["metadata"].get("tags", []):
                 names.update(EPOCHS=1, STEPS=4096, EPISODES=2)
     assert names["after"] > 0
@@ -43,3 +51,6 @@ def test_avoiding() -> None:
         env.position = obstacle - [0.2, 0.0]
         _, reward, terminated, _, info = env.step(np.array([1.0, 0.0]))
         assert terminated and reward == 0 and not info["is_success"]
+    paths, _ = avoiding.episodes(StraightOn(), 2)
+    np.testing.assert_allclose([path[0] for path in paths], [[avoiding.START, 0.0]] * 2)
+    np.testing.assert_allclose(np.diff(paths[0][:, 0]), avoiding.STEP, atol=1e-6)

@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_dppo import DPPO
-from sb3_dppo.export import TOLERANCE, export_onnx
+from sb3_dppo.export import TOLERANCE, _read_agent, export_onnx
 from tests.toy_envs import CountingEnv
 
 pytest.importorskip("onnxscript")
@@ -82,6 +85,46 @@ def test_dict_and_vec_normalize(tmp_path: Path) -> None:
     np.testing.assert_allclose(actions, expected, atol=1e-5)
 
 
+def test_bounds_are_kept(tmp_path: Path) -> None:
+    """Those of a float64 box that float32 would round outwards, also where one dimension can't move."""
+    env = CountingEnv()
+    env.action_space = spaces.Box(np.array([-0.1, 0.3]), np.array([0.1, 0.3]), dtype=np.float64)
+    model = DPPO("DiffusionMlpPolicy", env, n_steps=32, policy_kwargs=dict(horizon=2), seed=0)
+    with th.no_grad():
+        model.policy.denoiser.mlp[-1].weight *= 1000
+    export_onnx(model, tmp_path / "a.onnx")
+    session, rng = session_of(tmp_path / "a.onnx"), np.random.default_rng(0)
+    shape = model.policy.sampler.noise_shape(64)
+    feed = {
+        name: rng.standard_normal(size).astype(np.float32) for name, size in dict(observation=(64, 3), noise=shape).items()
+    }
+    (actions,) = session.run(None, feed)
+    moving = actions[..., 0].astype(np.float64)
+    assert -0.1 <= moving.min() < -0.0999 and 0.0999 < moving.max() <= 0.1
+    np.testing.assert_allclose(actions[..., 1], 0.3, rtol=1e-6)
+
+
+def test_training_goes_on_as_without(tmp_path: Path) -> None:
+    def trained(export: bool) -> tuple[Any, ...]:
+        model = DPPO("DiffusionMlpPolicy", "Pendulum-v1", n_steps=32, batch_size=32, n_epochs=1, seed=0).learn(32)
+        model.observation_space.seed(0)
+        if export:
+            export_onnx(model, tmp_path / "a.onnx")
+        model.learn(32, reset_num_timesteps=False)
+        return model.policy.denoiser.mlp[0].weight.detach(), model.observation_space.sample()
+
+    for one, other in zip(trained(False), trained(True), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_statistics_of_another_env(tmp_path: Path) -> None:
+    model = DPPO("DiffusionMlpPolicy", "Pendulum-v1", n_steps=32)
+    other = VecNormalize(DummyVecEnv([lambda: SimpleMultiObsEnv(discrete_actions=False)]), norm_obs_keys=["vec"])
+    with pytest.raises(ValueError, match="statistics of another env"):
+        export_onnx(model, tmp_path / "a.onnx", other)
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_delay_and_with(tmp_path: Path, example: Any) -> None:
     """With a delay, chunks go on where the old one stopped, from observations of that many steps before."""
     model = DPPO("DiffusionMlpPolicy", CountingEnv(), act_steps=2, n_steps=32, policy_kwargs=CHUNKS, seed=0)
@@ -102,6 +145,11 @@ def test_command(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"Saved {tmp_path / 'b.onnx'}: its actions differ from PyTorch's by"), done.stdout
     assert session_of(tmp_path / "b.onnx").get_outputs()[0].shape == ["batch", 1, 1]
+    env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]), norm_reward=False)
+    DPPO("DiffusionMlpPolicy", env, n_steps=32, seed=0).save_pretrained(tmp_path / "normalized")
+    with pytest.raises(ValueError, match="name its env by --env"):
+        _read_agent(str(tmp_path / "normalized"), None)
+    assert _read_agent(str(tmp_path / "normalized"), "Pendulum-v1").get_vec_normalize_env() is not None
     done = subprocess.run([*command[:-1], "b.zip"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "path='b.zip' must end in .onnx" in done.stderr

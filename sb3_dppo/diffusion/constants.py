@@ -14,11 +14,14 @@ class Constants:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, tuple[list[th.Tensor], int, Any]] | None = None
+        self._kept: dict[Hashable, tuple[list[th.Tensor], tuple[int, ...] | None, Any]] | None = None
 
     @contextmanager
     def keep(self) -> Iterator[None]:
-        """While networks are not exchanged. Weights may change: what follows from them is computed anew."""
+        """
+        While networks are not exchanged. Weights may change: what follows from them is computed anew. What writes into
+        ``parameter.data``, or as fused optimisers do unseen by autograd, has to be followed by :meth:`clear`.
+        """
         self._kept = {}
         try:
             yield
@@ -39,7 +42,7 @@ class Constants:
         """
         if self._kept is None:
             return compute()
-        tensors, version, value = self._kept.get(key, ([], -1, None))
+        tensors, version, value = self._kept.get(key, ([], None, None))
         if version != _version(tensors):
             tensors = list(weights())
             value = compute()
@@ -47,6 +50,6 @@ class Constants:
         return value
 
 
-def _version(tensors: list[th.Tensor]) -> int:
-    """A number that grows with each change in place."""
-    return sum(tensor._version for tensor in tensors)
+def _version(tensors: list[th.Tensor]) -> tuple[int, ...]:
+    """Where tensors are, and how often they were changed in place."""
+    return tuple(number for tensor in tensors for number in (tensor.data_ptr(), tensor._version))

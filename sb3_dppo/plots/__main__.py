@@ -45,12 +45,16 @@ def _chains(args: argparse.Namespace) -> Figure:
     loaded = {title: DPPO.load(path, device="cpu") for title, path in models.items()}
     agent = list(loaded.values())[-1]
     n_dims = agent.policy.action_dim
+    if n_dims == 1:
+        raise ValueError(f"The actions of {args.agent} have one dimension, but a picture of chains shows two.")
     if not all(0 <= dim < n_dims for dim in args.dims) or args.dims[0] == args.dims[1]:
         raise ValueError(f"dims={list(args.dims)} must be two of the {n_dims} dimensions of an action.")
     env = gym.make(args.env)
     obs = observation_of(env, agent, args.steps, args.seed)
     env.close()
-    return plot_chains({title: iterates(model, obs, args.chunks) for title, model in loaded.items()}, tuple(args.dims))
+    return plot_chains(
+        {title: iterates(model, obs, args.chunks, args.seed) for title, model in loaded.items()}, tuple(args.dims)
+    )
 
 
 def _curves(args: argparse.Namespace) -> Figure:

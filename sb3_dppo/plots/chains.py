@@ -47,18 +47,22 @@ def observation_of(env: gym.Env, model: DPPO, n_steps: int, seed: int) -> Any:
 
 def plot_chains(chains: Mapping[str, np.ndarray], dims: tuple[int, int]) -> Figure:
     """
-    :param chains: Iterates of :func:`iterates`, by title.
+    :param chains: Iterates of :func:`iterates`, by title. The last ones that all of them have are shown.
     :param dims: The two action dimensions to show.
     :return: A panel for each: every iterate as a point, coloured by its step, and the paths of a few chunks.
     """
     figure = Figure(figsize=(4.6 * len(chains) + 0.9, 4.4), layout="constrained")
     panels: Any = figure.subplots(1, len(chains), squeeze=False, sharex=True, sharey=True)[0]
+    n_iterates = min(len(values) for values in chains.values())
     for panel, (title, values) in zip(panels, chains.items(), strict=True):
-        n_iterates, n_chunks, _ = values.shape
+        values = values[-n_iterates:]
+        n_chunks = values.shape[1]
         x, y = values[..., dims[0]], values[..., dims[1]]
         panel.plot(x[:, :12], y[:, :12], color="0.6", linewidth=0.6, zorder=1)
         steps = np.repeat(np.arange(n_iterates), n_chunks)
-        points = panel.scatter(x.ravel(), y.ravel(), c=steps, s=7, cmap="viridis", alpha=0.7, linewidths=0, zorder=2)
+        points = panel.scatter(
+            x.ravel(), y.ravel(), c=steps, s=7, cmap="viridis", vmin=0, vmax=n_iterates - 1, alpha=0.7, linewidths=0, zorder=2
+        )
         panel.add_patch(_action_space())
         panel.set_title(title)
         panel.set_xlabel(f"action[{dims[0]}], normalised")

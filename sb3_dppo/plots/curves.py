@@ -27,21 +27,28 @@ class Curve(NamedTuple):
 def read_curves(folders: Iterable[str | Path]) -> dict[tuple[str, str], list[Curve]]:
     """
     :param folders: Folders of RL Zoo, such as ``logs/dppo`` or ``logs/dppo/Hopper-v5_1``, or of an ``EvalCallback``.
-    :return: Curves by env and algorithm, as the names of the folders tell them.
+    :return: Curves by env and algorithm, as the names of the folders tell them; where several folders have runs of the same,
+        with the folder's path in place of the algorithm's name. Each run counts once.
     :raises ValueError: Where there is no evaluation.
     """
-    curves: dict[tuple[str, str], list[Curve]] = defaultdict(list)
+    runs: dict[Path, tuple[str, Path]] = {}
     for folder in map(Path, folders):
         files = sorted(folder.rglob(FILE))
         if not files:
             raise ValueError(f"There is no {FILE} in {str(folder)!r}: train with RL Zoo's --eval-freq, or an EvalCallback.")
         for file in files:
-            with np.load(file) as data:
-                curve = Curve(data["timesteps"], data["results"].mean(axis=1))
             run = file.resolve().parent
             # RL Zoo's are called ALGORITHM/ENV_NUMBER.
             env, _, number = run.name.rpartition("_")
-            curves[(env, run.parent.name) if number.isdigit() and env else (run.name, "")].append(curve)
+            runs[run] = (env, run.parent) if number.isdigit() and env else (run.name, run)
+    labels = set(runs.values())
+    curves: dict[tuple[str, str], list[Curve]] = defaultdict(list)
+    for run, (env, parent) in runs.items():
+        with np.load(run / FILE) as data:
+            curve = Curve(data["timesteps"], data["results"].mean(axis=1))
+        is_unique = sum((name, folder.name) == (env, parent.name) for name, folder in labels) == 1
+        label = "" if parent == run else parent.name
+        curves[env, label if is_unique else str(parent)].append(curve)
     return dict(curves)
 
 

@@ -25,6 +25,8 @@ def read_scalars(folder: str | Path) -> Scalars:
         import pandas as pd
 
         data = pd.read_csv(table)
+        if "time/total_timesteps" not in data:
+            raise ValueError(f"{str(table)!r} has no column time/total_timesteps: it is not of a training.")
         steps = data["time/total_timesteps"]
         known = {name: data[name].notna() & steps.notna() for name in data.columns if data[name].dtype.kind in "if"}
         return {name: (steps[rows].to_numpy(), data[name][rows].to_numpy()) for name, rows in known.items()}
@@ -87,7 +89,7 @@ def _plot_steps(panel: Any, scalars: Scalars, statistic: str, title: str) -> Non
     import matplotlib
 
     prefix = f"denoising/{statistic}_"
-    names = sorted(name for name in scalars if name.startswith(prefix))
+    names = sorted((name for name in scalars if name.startswith(prefix)), key=lambda name: int(name.rpartition("_")[2]))
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, max(1, len(names))))
     for i, (name, color) in enumerate(zip(names, colors, strict=False)):
         label = {0: "noisiest step", len(names) - 1: "last step"}.get(i) if len(names) > 1 else None

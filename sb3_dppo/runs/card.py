@@ -30,7 +30,7 @@ def make_card(model: Any, config: dict[str, Any], returns: Sequence[float] | Non
     if returns is not None:
         mean, std, n_episodes = _statistics(returns)
         results = f"Mean return ± standard deviation over {n_episodes} episodes: {mean:.2f} ± {std:.2f}"
-        metadata["model-index"] = [_model_index(env_id or "an env that is not registered", f"{mean:.2f} +/- {std:.2f}")]
+        metadata["model-index"] = [_model_index(env_id or "unknown", f"{mean:.2f} +/- {std:.2f}")]
     training = config["training"]
     how = f"{training['num_timesteps']} env steps of DPPO"
     if training["pretrained_on_demonstrations"]:
@@ -47,7 +47,7 @@ Stable-Baselines3. The folder holds numbers and text, nothing that is executed.
 
 | | |
 | --- | --- |
-| Env | {f"`{env_id}`" if env_id else "not registered"} |
+| Env | {f"`{env_id}`" if env_id else "unknown"} |
 | Observations | `{_one_line(model.observation_space)}` |
 | Actions | `{_one_line(model.action_space)}` |
 | Parameters | {sum(parameter.numel() for parameter in model.policy.denoiser.parameters())} in the denoiser |

@@ -31,9 +31,10 @@ def find_folder(folder: str | Path, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(str(folder), revision=revision, allow_patterns=list(FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise FileNotFoundError(
-            f"folder={folder!r} is no folder that exists, and no model that the Hugging Face hub or its cache has ({reason})."
+            f"folder={folder!r} is no folder that exists, and no model that you can get from the Hugging Face hub or its "
+            f"cache ({reason}). A private one needs `hf auth login`, or HF_TOKEN."
         ) from error
 
 

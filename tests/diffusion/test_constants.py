@@ -49,6 +49,14 @@ def test_chains_are_the_same(kwargs: dict[str, Any]) -> None:
         yield
         policy.load_state_dict({name: value - 0.02 for name, value in policy.state_dict().items()})
         yield
+        policy.load_from_vector(policy.parameters_to_vector() + 0.03)
+        yield
+        for optimizer in policy.optimizers:  # a fused one, whose step autograd does not see
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.grad = th.ones_like(parameter)
+            optimizer.param_groups[0]["lr"] = 0.05
+            optimizer.step()
+        yield
         model.noise_clip = 0.5
         model._apply_settings()
         yield

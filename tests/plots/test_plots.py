@@ -1,5 +1,6 @@
 """Pictures of runs: what is in them, and what is said where there is nothing to show."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -40,6 +41,11 @@ def logs(tmp_path: Path) -> Path:
 def test_curves(logs: Path) -> None:
     curves = read_curves([logs / "dppo", logs / "ppo" / "Some-Env-v0_1", logs / "ppo" / "Some-Env-v0_2"])
     assert {key: len(runs) for key, runs in curves.items()} == {("Some-Env-v0", "dppo"): 2, ("Some-Env-v0", "ppo"): 2}
+    # A run that is named twice counts once; other runs of the same algorithm are others.
+    assert len(read_curves([logs, logs / "dppo"])["Some-Env-v0", "dppo"]) == 2
+    shutil.copytree(logs / "dppo", logs / "other" / "dppo")
+    paths = {str((logs / "dppo").resolve()), str((logs / "other" / "dppo").resolve())}
+    assert {label for _, label in read_curves([logs / "dppo", logs / "other"])} == paths
     figure = plot_curves(curves)
     drawn = lines(figure, 0)
     np.testing.assert_allclose(drawn["dppo (2 runs)"], [102.5, 112.5])
@@ -98,10 +104,14 @@ def test_chains(trained: Path) -> None:
     np.testing.assert_array_equal(values, iterates(model, obs, n_chunks=5, seed=2))
     assert not np.allclose(values[0], iterates(model, obs, n_chunks=5, seed=3)[0])
     assert np.abs(values[-1]).max() < np.abs(values[0]).max()  # an untrained policy acts around the centre
-    figure = plot_chains({"one": values, "two": values}, (0, 1))
-    points = np.asarray(figure.axes[1].collections[0].get_offsets())
-    np.testing.assert_allclose(points[:5], values[0])
-    np.testing.assert_allclose(points[-5:], values[-1])
+    # Of chains of different length, the last iterates that both have.
+    figure = plot_chains({"one": values, "two": values[1:]}, (0, 1))
+    for axes in figure.axes[:2]:
+        points = axes.collections[0]
+        offsets, colors = np.asarray(points.get_offsets()), np.asarray(points.get_array())
+        np.testing.assert_allclose(offsets[:5], values[1])
+        np.testing.assert_allclose(offsets[-5:], values[-1])
+        assert points.get_clim() == (0, 2) and colors[0] == 0 and colors[-1] == 2
 
 
 def test_commands(trained: Path, logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def test_there_and_back(tmp_path: Path) -> None:
         url, loaded, missing = run(program, tmp_path, HF_ENDPOINT=address).splitlines()
         assert url == f"{address}/user/pendulum"
         assert loaded == f"32 {action}"
-        assert missing.startswith("folder='user/hopper' is no folder that exists, and no model"), missing
+        assert missing.startswith("folder='user/hopper' is no folder that exists, and no model that you can get"), missing
         files = repositories["user/pendulum"]
         assert set(files) == FILES
         card = files["README.md"].decode()
@@ -56,7 +56,7 @@ def test_there_and_back(tmp_path: Path) -> None:
     program = PULL.format(models=[("user/pendulum", None), ("user/pendulum", COMMIT), ("user/hopper", None)])
     *loaded_twice, missing = run(program, tmp_path, HF_HUB_OFFLINE="1").splitlines()
     assert loaded_twice == [f"32 {action}"] * 2
-    assert missing.startswith("folder='user/hopper' is no folder that exists, and no model"), missing
+    assert missing.startswith("folder='user/hopper' is no folder that exists, and no model that you can get"), missing
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
