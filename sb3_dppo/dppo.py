@@ -76,9 +76,9 @@ class DPPO(DecisionRollouts):
     :param critic_warmup: First rollouts of the model, or after behaviour cloning, on which only the critic is trained
     :param scale_rewards: Whether to divide the decisions' rewards by the running std of their discounted return
     :param normalize_observations: Whether to normalise vectors in observations by their running mean and std, a part of the
-        policy, which changes between rollouts in the first tenth of each call of :meth:`learn`; the std never shrinks.
-        ``None``: unless the env is under ``VecNormalize(norm_obs=True)``. A policy that has seen demonstrations keeps their
-        ranges. Images stay as they are.
+        policy. They are of its first decisions, a tenth of those of a call of :meth:`learn` or 30 000 if these are more, and
+        change between rollouts; the std never shrinks. ``None``: unless the env is under ``VecNormalize(norm_obs=True)``. A
+        policy that has seen demonstrations keeps their ranges. Images stay as they are.
     :param shuffle: "pairs" draws minibatches from all pairs, "decisions" keeps the pairs of a decision together, so that its
         features are extracted once. ``None`` means "decisions" if the features extractor has parameters, else "pairs".
     :param eta_learning_rate: Learning rate of what ``learn_eta`` or ``learn_std`` learns, which has an optimiser of its own, a
@@ -320,7 +320,7 @@ class DPPO(DecisionRollouts):
         check_update(self.policy, history["loss"], f"{self.n_rollouts + 1} (num_timesteps={self.num_timesteps})")
         self.n_rollouts += 1
         log_update(self, history, settings, learning_rates)
-        if self.updates_normalizer and not begins_normalization and self.is_early_in_run:
+        if self.updates_normalizer and not begins_normalization and self.gathers_statistics:
             self._update_normalizer()
         if self.ft_denoising_anneal is not None and self.n_rollouts % self.ft_denoising_anneal[0] == 0:
             self._anneal(self.ft_denoising_anneal[1])

@@ -23,8 +23,8 @@ from sb3_dppo.schedules import cooldown, make_schedule
 PRETRAINED_STD = 0.1
 # Decisions whose log-probabilities are computed at once.
 ROWS_AT_ONCE = 1024
-# Of a run, from its beginning, in which the statistics that normalise observations change.
-STATISTICS_SHARE = 0.1
+# Of a run's decisions, and at least how many, whose observations make the statistics that normalise observations.
+STATISTICS_SHARE, MIN_STATISTICS = 0.1, 30_000
 
 
 class DecisionRollouts(ResumableAlgorithm):
@@ -175,12 +175,14 @@ class DecisionRollouts(ResumableAlgorithm):
         return cooldown(self._remaining_of_run()) if self.lr_decay == "cooldown" else 1.0
 
     @property
-    def is_early_in_run(self) -> bool:
+    def gathers_statistics(self) -> bool:
         """
         Whether the statistics that normalise observations still change. With each change the policy has to learn anew what
-        it knew, and later ones are of what it has become good at.
+        it knew, and later ones are of what it has become good at. When the learning rates go to zero it no longer could.
         """
-        return self._remaining_of_run() > 1 - STATISTICS_SHARE
+        n_decisions = (self._total_timesteps - self._start_of_run) / self.policy.sampler.act_steps
+        enough = max(MIN_STATISTICS, STATISTICS_SHARE * n_decisions)
+        return bool(self.policy.normalizer.obs_count < enough) and self.cooldown_factor == 1
 
     @property
     def updates_normalizer(self) -> bool:

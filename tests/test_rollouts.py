@@ -52,16 +52,28 @@ def test_ratios_begin_at_1_and_statistics_change_between_rollouts_only(monkeypat
     model = make_model(make_vec_env("Pendulum-v1", n_envs), batch_size=64 * n_envs * 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.learn(28 * 64 * n_envs, statistics)
-    assert len(ratios) == 28
+        model.learn(4 * 64 * n_envs, statistics)
+    assert len(ratios) == 4
     for ratio, kl in ratios:
         assert ratio == pytest.approx(1.0, abs=1e-6) and abs(kl) < 1e-7
     seen = [set(rollout) for rollout in statistics.rollouts]
-    assert [len(rollout) for rollout in seen] == [1] * 28
-    assert len(set.union(*seen[:4])) == 4 and (0.0, 0.0, 0.0, 1.0, 1.0, 1.0) in seen[0]
-    # The decisions of the first rollout, which trained the policy, too; later than in the first tenth there are no changes.
-    assert set.union(*seen[4:]) == seen[3]
+    assert [len(rollout) for rollout in seen] == [1, 1, 1, 1]
+    assert len(set.union(*seen)) == 4 and (0.0, 0.0, 0.0, 1.0, 1.0, 1.0) in seen[0]
+    # The decisions of the first rollout, which trained the policy, too; not of the last one, when learning rates cool down.
     assert model.policy.normalizer.obs_count == pytest.approx(3 * 32 * n_envs, abs=0.01)
+
+
+def test_statistics_are_of_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of so many decisions, or of a tenth of a longer run's; neither later ones nor another call change them."""
+    model = make_model(make_vec_env("Pendulum-v1", 1), lr_decay="constant")
+    count, decisions = model.policy.normalizer.obs_count, 64 // model.policy.sampler.act_steps
+    monkeypatch.setattr("sb3_dppo.rollouts.MIN_STATISTICS", 3 * decisions)
+    model.learn(10 * 64)
+    assert count == pytest.approx(3 * decisions, abs=0.01)
+    model.learn(10 * 64, reset_num_timesteps=False)
+    assert count == pytest.approx(3 * decisions, abs=0.01)
+    model.learn(50 * 64, reset_num_timesteps=False)
+    assert count == pytest.approx(5 * decisions, abs=0.01)
 
 
 def demonstrations() -> Demonstrations:
