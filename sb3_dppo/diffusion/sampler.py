@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch as th
@@ -321,23 +322,17 @@ class DiffusionSampler:
         self, deterministic: bool, features: th.Tensor | None, learned_eta: th.Tensor | None
     ) -> tuple[th.Tensor, th.Tensor]:
         """``step_std`` and ``log_prob_std`` of :meth:`_denoise`."""
-
-        def compute() -> tuple[th.Tensor, th.Tensor]:
-            return self._stds_of(deterministic, features, learned_eta)
-
+        compute = partial(self._stds_of, deterministic, features, learned_eta)
         if learned_eta is not None or self.config.learn_std == "state":
             return compute()
         if self.config.learns_std:
-            networks = self.networks
-            weights = (networks.log_std, networks.noise_network.output.bias)
+            weights = (self.networks.log_std, self.networks.noise_network.output.bias)
             return self.constants.get(("stds", deterministic), lambda: weights, compute)
         if deterministic not in self._stds:
             self._stds[deterministic] = compute()
         return self._stds[deterministic]
 
-    def _stds_of(
-        self, deterministic: bool, features: th.Tensor | None, learned_eta: th.Tensor | None
-    ) -> tuple[th.Tensor, th.Tensor]:
+    def _stds_of(self, deterministic: bool, features: Any, learned_eta: Any) -> tuple[th.Tensor, th.Tensor]:
         eta = self.config.eta if learned_eta is None else learned_eta
         sigma = self.process.sigmas()[:, None, None, None]
         sampling_floor, log_prob_floor = self._floors_of_steps(features)
