@@ -88,27 +88,25 @@ def actor_loss(
         loss = loss + settings.kl_coef * base_kl
 
     with th.no_grad():
+        # k3 in Schulman's "Approximating KL Divergence": unbiased, and never negative.
+        approx_kl, clipped = (ratio - 1) - log_ratio, (ratio - 1).abs() > clip_range
         metrics = dict(
             policy_gradient_loss=policy_loss,
-            # k3 in Schulman's "Approximating KL Divergence": unbiased, and never negative.
-            approx_kl=((ratio - 1) - log_ratio).sum() / n_pairs,
-            clip_fraction=((ratio - 1).abs() > clip_range).sum() / n_pairs,
+            approx_kl=approx_kl.sum() / n_pairs,
+            clip_fraction=clipped.sum() / n_pairs,
             ratio=ratio.sum() / n_pairs,
             base_kl=base_kl,
             eta=mean_eta,
-            by_denoising_step=_sums_by_step(index, sampler.ft_denoising_steps, ratio, log_ratio, clip_range, std),
+            by_denoising_step=_sums_by_step(index, sampler.ft_denoising_steps, approx_kl, clipped, std),
         )
         if sampler.config.learn_std == "state":
             metrics["std"] = std.mean() * (len(ratio) / n_pairs)
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def _sums_by_step(
-    index: th.Tensor, n_steps: int, ratio: th.Tensor, log_ratio: th.Tensor, clip_range: th.Tensor, std: th.Tensor
-) -> th.Tensor:
+def _sums_by_step(index: th.Tensor, n_steps: int, approx_kl: th.Tensor, clipped: th.Tensor, std: th.Tensor) -> th.Tensor:
     """Over the pairs of each of K' denoising indices: ``STEP_STATISTICS``, and how many pairs there are, shape (4, K')."""
-    approx_kl, clipped = (ratio - 1) - log_ratio, (ratio - 1).abs() > clip_range
-    rows = th.stack([approx_kl, clipped.float(), std.mean(dim=(1, 2)), th.ones_like(ratio)])
+    rows = th.stack([approx_kl, clipped.float(), std.mean(dim=(1, 2)), th.ones_like(approx_kl)])
     # A product, for index_add_ goes row by row on a CPU.
     return rows @ (index[:, None] == th.arange(n_steps, device=index.device)).float()
 

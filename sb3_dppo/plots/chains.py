@@ -7,8 +7,11 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from sb3_dppo.dppo import DPPO
+from sb3_dppo.features.observations import take
 
 
 def iterates(model: DPPO, obs: Any, n_chunks: int, seed: int = 0) -> np.ndarray:
@@ -23,11 +26,7 @@ def iterates(model: DPPO, obs: Any, n_chunks: int, seed: int = 0) -> np.ndarray:
     policy.set_training_mode(False)
     batch, _ = policy.obs_to_tensor(obs)
     generator = th.Generator(device=policy.device).manual_seed(seed)
-    repeated: Any = (
-        {key: value.repeat_interleave(n_chunks, dim=0) for key, value in batch.items()}
-        if isinstance(batch, dict)
-        else batch.repeat_interleave(n_chunks, dim=0)
-    )
+    repeated = take(batch, th.zeros(n_chunks, dtype=th.long, device=policy.device))
     chain = policy.sample_chain(repeated, deterministic=True, noise=policy.draw_noise(n_chunks, generator)).chain
     return chain[:, :, policy.sampler.first_action].transpose(0, 1).cpu().numpy()
 
@@ -63,7 +62,7 @@ def plot_chains(chains: Mapping[str, np.ndarray], dims: tuple[int, int]) -> Figu
         points = panel.scatter(
             x.ravel(), y.ravel(), c=steps, s=7, cmap="viridis", vmin=0, vmax=n_iterates - 1, alpha=0.7, linewidths=0, zorder=2
         )
-        panel.add_patch(_action_space())
+        panel.add_patch(Rectangle((-1, -1), 2, 2, fill=False, edgecolor="black", linewidth=1, zorder=3))  # the action space
         panel.set_title(title)
         panel.set_xlabel(f"action[{dims[0]}], normalised")
         panel.set_aspect("equal")
@@ -72,18 +71,6 @@ def plot_chains(chains: Mapping[str, np.ndarray], dims: tuple[int, int]) -> Figu
         points, ax=list(panels), label=f"denoising steps done, of the last {n_iterates - 1}", shrink=0.8
     )
     bar.solids.set_alpha(1)
-    bar.locator = _integers()
+    bar.locator = MaxNLocator(integer=True)
     bar.update_ticks()
     return figure
-
-
-def _action_space() -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((-1, -1), 2, 2, fill=False, edgecolor="black", linewidth=1, zorder=3)
-
-
-def _integers() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(integer=True)

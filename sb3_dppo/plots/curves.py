@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 FILE = "evaluations.npz"
 REPETITIONS = 2000  # of the bootstrap
@@ -105,12 +106,5 @@ def plot_curves(curves: dict[tuple[str, str], list[Curve]]) -> Figure:
         panel.set_xlabel("env steps")
         panel.set_ylabel("return")
         panel.legend(loc="best", fontsize="small")
-        panel.xaxis.set_major_formatter(short_numbers())
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
-
-
-def short_numbers() -> Any:
-    """Of an axis: 200k, 1M."""
-    from matplotlib.ticker import EngFormatter
-
-    return EngFormatter(sep="")

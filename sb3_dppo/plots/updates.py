@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-
-from sb3_dppo.plots.curves import short_numbers
+from matplotlib.ticker import EngFormatter
 
 # By name, when and what.
 Scalars = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -72,7 +72,7 @@ def plot_updates(scalars: Scalars) -> Figure:
     panels[1, 2].set_yscale("log")
     for panel in panels.flat:
         panel.set_xlabel("env steps")
-        panel.xaxis.set_major_formatter(short_numbers())
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
 
 
@@ -86,8 +86,6 @@ def _plot(panel: Any, scalars: Scalars, names: list[str], title: str) -> None:
 
 def _plot_steps(panel: Any, scalars: Scalars, statistic: str, title: str) -> None:
     """A line for each denoising step, from the noisiest (dark) to the last (bright); of their mean where there are none."""
-    import matplotlib
-
     prefix = f"denoising/{statistic}_"
     names = sorted((name for name in scalars if name.startswith(prefix)), key=lambda name: int(name.rpartition("_")[2]))
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, max(1, len(names))))
