@@ -11,7 +11,7 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 # Processes that tests start are forked from one that has loaded all this: an import takes seconds.
-multiprocessing.set_forkserver_preload(["tests.scenarios"])
+multiprocessing.set_forkserver_preload(["tests.scenarios", "rl_zoo3.exp_manager"])
 
 
 @pytest.fixture(autouse=True)

@@ -161,6 +161,9 @@ def restart(folder: Path) -> None:
     class Kill(BaseCallback):
         def _on_step(self) -> bool:
             if not checkpoints and ranks.rank() == 1 and self.n_calls == 41:
+                # Within a rollout ranks do not wait for each other: the first may still be on its way to its checkpoint.
+                while not any((folder / "checkpoints").glob("*.zip")):
+                    time.sleep(0.05)
                 os.kill(os.getpid(), signal.SIGKILL)
             return True
 

@@ -27,8 +27,8 @@ VIT = dict(features_extractor_class=VitExtractor, features_extractor_kwargs=dict
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vector": ("DiffusionMlpPolicy", dict(policy_kwargs=NETS)),
     "pre-trained": ("DiffusionMlpPolicy", dict(policy_kwargs=NETS, ft_denoising_steps=2, bc_coef=0.1)),
-    "pixels": ("DiffusionCnnPolicy", dict(policy_kwargs=NETS)),
-    "dict": ("DiffusionMultiInputPolicy", dict(policy_kwargs=NETS | VIT, scheduler="ddim")),
+    "pixels": ("DiffusionCnnPolicy", dict(policy_kwargs=NETS, n_steps=32, n_epochs=1)),
+    "dict": ("DiffusionMultiInputPolicy", dict(policy_kwargs=NETS | VIT, scheduler="ddim", n_steps=32, n_epochs=1)),
 }
 
 
@@ -84,14 +84,15 @@ def run(name: str, vec_env_cls: type[VecEnv] = DummyVecEnv, n_threads: int = 1, 
     env: Any = vec_env_cls([PendulumFactory(name)] * 2)  # type: ignore[call-arg]
     if name == "vector":
         env = VecNormalize(env, norm_reward=False)
-    model = DPPO(policy, env, n_steps=64, batch_size=120, n_epochs=2, seed=seed, device="cpu", **kwargs)
+    settings = dict(n_steps=64, batch_size=120, n_epochs=2) | kwargs
+    model = DPPO(policy, env, seed=seed, device="cpu", **settings)
     if name == "pre-trained":
         rng = np.random.default_rng(0)
         demonstrations = Demonstrations(rng.normal(size=(300, 3)), rng.uniform(-2, 2, (300, 1)), np.array([200, 100]))
         BC(model, demonstrations).train(2, progress_bar=False)
     record = Record()
     model.set_logger(Logger(None, [record]))
-    model.learn(256)
+    model.learn(2 * model.n_steps * env.num_envs)
     actions = model.predict(model.env.reset(), deterministic=False)[0]  # type: ignore[union-attr]
     statistics = [env.obs_rms.mean, env.obs_rms.var] if name == "vector" else []
     env.close()
@@ -139,8 +140,8 @@ def test_same_gradients_from_two_threads(name: str) -> None:
     """Rows that are gathered for many pairs: two threads would add up their gradients in any order."""
     th.set_num_threads(2)
     policy, kwargs = MODELS[name]
-    model = DPPO(policy, DummyVecEnv([PendulumFactory(name)]), n_steps=64, seed=3, device="cpu", **kwargs)
-    model.learn(64)
+    model = DPPO(policy, DummyVecEnv([PendulumFactory(name)]), seed=3, device="cpu", **dict(n_steps=64) | kwargs)
+    model.learn(model.n_steps)
     samples = next(model._minibatches())
     pairs = th.arange(3072) % len(samples.decision_index)
     samples = samples.pairs(pairs)

@@ -99,12 +99,14 @@ def check_trials(study: optuna.Study, n_finished: int, lost_state: TrialState, o
     trials = study.trials
     assert trials[0].state == lost_state
     finished = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    assert len(finished) == n_finished == len(trials) - 1
+    # Workers that end their trials at the same time may each begin another one.
+    assert len(finished) == len(trials) - 1 and n_finished <= len(finished) < n_finished + 3
     assert all(len(trial.intermediate_values) >= 2 for trial in finished)
     # Once each.
     assert sorted(map(int, re.findall(r"Trial (\d+) (?:finished|pruned)", outputs))) == [trial.number for trial in finished]
 
 
+@pytest.mark.slow
 def test_postgresql(database: str, tmp_path: Path) -> None:
     storage = RDBStorage(database)
     study, outputs = kill_one_of_four(database, storage, tmp_path)

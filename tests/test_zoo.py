@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -16,31 +15,18 @@ import yaml
 from sb3_dppo import BC, DPPO, Demonstrations
 from sb3_dppo.policies import PAPER_POLICY_KWARGS
 from sb3_dppo.zoo import HYPERPARAMS, convert_dppo_params, hyperparams_file, sample_dppo_params, scripts
+from tests.commands import run, run_module
 
 SMALL = "policy_kwargs:dict(net_arch=dict(pi=[16],vf=[16]),denoising_steps=2,horizon=4)"
 
 
-def run(*command: str, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *command],
-        cwd=cwd,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def train(*arguments: str, cwd: Path, **env: str) -> str:
-    return run("-m", "rl_zoo3.train", "--num-threads", "1", "--eval-freq", "-1", *arguments, cwd=cwd, **env).stdout
+def train(*arguments: str, cwd: Path) -> str:
+    return run_module("rl_zoo3.train", "--num-threads", "1", "--eval-freq", "-1", *arguments, cwd=cwd)
 
 
 def test_train_enjoy_and_video(tmp_path: Path) -> None:
-    out = train(
-        "--algo", "dppo", "--env", "Pendulum-v1", "-n", "500", "-params", "n_steps:64", "n_envs:2", SMALL, cwd=tmp_path
-    )
+    arguments = ("--algo", "dppo", "--env", "Pendulum-v1", "-n", "500", "-params", "n_steps:64", "n_envs:2", SMALL)
+    out = run("-m", "rl_zoo3.train", "--eval-freq", "-1", *arguments, cwd=tmp_path).stdout
     assert str(HYPERPARAMS / "dppo.yml") in out
     assert (tmp_path / "logs/dppo/Pendulum-v1_1/Pendulum-v1.zip").is_file()
     enjoy = ("--algo", "dppo", "--env", "Pendulum-v1", "-f", "logs", "-n", "450", "--no-render")
@@ -218,7 +204,7 @@ def test_scripts_without_experiments(script: str, tmp_path: Path) -> None:
     assert ("TRUST_REMOTE_CODE" if script == "load_from_hub" else "no-such-folder/dppo folder was not found") in done.stderr
 
 
-@pytest.mark.parametrize("first", ["import torch", "import rl_zoo3", "import stable_baselines3", "import sb3_dppo", "pass"])
+@pytest.mark.parametrize("first", ["import torch", "import rl_zoo3", "import sb3_dppo"])
 def test_algorithms_after_any_first_import(first: str, tmp_path: Path) -> None:
     """PyTorch may be imported before rl_zoo3, or by it: the module under way is waited for."""
     code = (

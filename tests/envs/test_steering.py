@@ -17,7 +17,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_dppo import DPPO
 from sb3_dppo.envs import NoiseSpaceVecEnv, ResidualVecEnv
-from tests.test_zoo import run, train
+from tests.commands import run_module
+from tests.test_zoo import train
 from tests.toy_envs import CountingEnv
 
 SMALL: dict[str, Any] = dict(net_arch=[16], denoising_steps=4, horizon=4, prediction_type="flow")
@@ -158,7 +159,7 @@ def test_rl_zoo_trains_and_shows_it(tmp_path: Path) -> None:
         (tmp_path / "sac.yml").write_text(yaml.safe_dump({"Pendulum-v1": entry}))
         train("--algo", "sac", "--env", "Pendulum-v1", "--conf-file", "sac.yml", "-f", wrapper, cwd=tmp_path)
         enjoy = ("--algo", "sac", "--env", "Pendulum-v1", "-f", wrapper, "-n", "250", "--no-render")
-        assert "Mean reward" in run("-m", "rl_zoo3.enjoy", *enjoy, cwd=tmp_path).stdout
+        assert "Mean reward" in run_module("rl_zoo3.enjoy", *enjoy, cwd=tmp_path)
 
 
 def test_errors() -> None:
