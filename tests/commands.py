@@ -25,14 +25,15 @@ def run(*command: str, cwd: Path, check: bool = True, **env: str) -> subprocess.
     return done
 
 
-def run_module(module: str, *arguments: str, cwd: Path) -> str:
+def run_forked(program: str, *arguments: str, cwd: Path, **env: str) -> str:
     """
     The same in a process that is forked from one that has imported PyTorch and rl_zoo3, which saves seconds.
 
+    :param program: A module's name, or the path of a script.
     :return: What it has printed.
     """
     output = cwd / "output.txt"
-    process = multiprocessing.get_context("forkserver").Process(target=_run_module, args=(module, arguments, cwd, output))
+    process = multiprocessing.get_context("forkserver").Process(target=_run, args=(program, arguments, cwd, env, output))
     process.start()
     process.join(TIMEOUT)
     if process.is_alive():
@@ -42,13 +43,17 @@ def run_module(module: str, *arguments: str, cwd: Path) -> str:
     return output.read_text()
 
 
-def _run_module(module: str, arguments: tuple[str, ...], cwd: Path, output: Path) -> None:
+def _run(program: str, arguments: tuple[str, ...], cwd: Path, env: dict[str, str], output: Path) -> None:
     os.chdir(cwd)
+    os.environ.update(env)
     with output.open("w") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     warnings.simplefilter("ignore")
-    sys.argv = [module, *arguments]
-    sys.path.insert(0, str(cwd))
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.argv = [program, *arguments]
+    if program.endswith(".py"):
+        runpy.run_path(program, run_name="__main__")
+    else:
+        sys.path.insert(0, str(cwd))
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
     sys.stdout.flush()

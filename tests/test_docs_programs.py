@@ -1,10 +1,12 @@
-"""The programs on the pages of the documentation run, one after the other, with fewer steps."""
+"""The programs and commands on the pages of the documentation run, one after the other, with fewer steps."""
 
 import functools
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,13 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 import sb3_dppo
-from sb3_dppo import BC, DPPO
+from sb3_dppo import BC, DPPO, load_demonstrations
 from sb3_dppo.envs import BatchedStep, TorchVecEnv
+from tests.commands import run_forked
 from tests.demonstrations.files import write_robomimic
 from tests.importers import test_lerobot, test_reference
 from tests.runs.fake_hub import fake_hub
-from tests.test_docs import BLOCK, PAGES
+from tests.test_docs import BLOCK, PAGES, ROOT
 
 PROGRAMS = {
     page.name: [code for language, code in BLOCK.findall(page.read_text("utf-8")) if language == "python"] for page in PAGES
@@ -37,6 +40,32 @@ PROGRAMS = {
 EXTRAS = ("envpool", "metaworld", "mujoco_playground", "robosuite")
 LEROBOT = "outputs/train/hopper/checkpoints/last/pretrained_model"
 N_STEPS = 500
+# What follows a command, or the part of it that is given here, to make it short.
+SHORT = {
+    "sb3_dppo.bc": "--epochs 1 --eval-episodes 1",
+    "sb3_dppo.demonstrations collect": "--n-episodes 2",
+    "sb3_dppo.plots chains": "--steps 3 --chunks 5",
+    "rl_zoo3.train": "-n 128 --eval-freq 64 --eval-episodes 1 -params n_steps:64 n_envs:1",
+    "rl_zoo3.train -optimize": "--n-trials 1 --n-evaluations 1",
+    "rl_zoo3.enjoy": "-n 20",
+    "rl_zoo3.record_video": "-n 20",
+    "examples/avoiding.py": "--epochs 1 --episodes 2",
+    "examples/gif.py": "--steps 8",
+    "examples/onnx_runtime.py": "--n-episodes 1",
+}
+# Those that set the project up, take hours, or are tried elsewhere; envs and packages that are not here.
+LEFT_OUT = (
+    "pip ",
+    "make ",
+    "torchrun",
+    "benchmarks/",
+    "record_training",
+    "envpool",
+    "my_envs",
+    "MetaWorld",
+    "Robosuite",
+    "--track",
+)
 
 
 class Enough(Exception):
@@ -143,3 +172,37 @@ def test_programs_run(page: str, names: dict[str, Any], monkeypatch: pytest.Monk
             except (ImportError, gym.error.NamespaceNotFound):
                 needed = [extra for extra in EXTRAS if re.search(extra, code, re.IGNORECASE)]
                 assert needed and not any(find_spec(extra) for extra in needed)
+
+
+def commands(page: Path) -> Iterator[tuple[dict[str, str], str, list[str]]]:
+    """Environment variables, module or script, and arguments."""
+    for language, block in BLOCK.findall(page.read_text("utf-8")):
+        for line in re.sub(r"\\\n", " ", block).splitlines() if language in ("sh", "bash") else []:
+            words = shlex.split(line, comments=True)
+            if not words or any(name in line for name in LEFT_OUT):
+                continue
+            start = words.index("python")
+            words[start:] = [word for word in words[start + 1 :] if word != "-m"]
+            yield dict(word.split("=") for word in words[:start]), words[start], words[start + 1 :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if any(commands(page))], ids=lambda page: page.name)
+def test_commands_run(page: Path, names: dict[str, Any], tmp_path: Path) -> None:
+    for folder in ("examples", "logs"):
+        (tmp_path / folder).mkdir()
+    for path in (ROOT / "examples").glob("*.py"):
+        (tmp_path / "examples" / path.name).symlink_to(path)
+    (tmp_path / "my_module.py").write_text("def act(obs):\n    return [0.0, 0.0, 0.0]\n")
+    SAC("MlpPolicy", "Hopper-v5", buffer_size=100).save("sac")
+    names["model"].save("agent")
+    load_demonstrations("hopper-medium").save("hopper.npz")
+    if page.name == "pictures.md":
+        for algo in ("dppo", "ppo"):
+            run_forked("rl_zoo3.train", "--algo", algo, "--env", "Pendulum-v1", *SHORT["rl_zoo3.train"].split(), cwd=tmp_path)
+    for env, program, arguments in commands(page):
+        for name, options in SHORT.items():
+            if program == name.split()[0] and set(name.split()[1:]) <= set(arguments):
+                arguments = [*arguments, *options.split()]
+        arguments = ["0" if before == "--trial-id" else word for before, word in pairwise(["", *arguments])]
+        run_forked(program, *arguments, cwd=tmp_path, MINARI_DATASETS_PATH=str(tmp_path / "minari"), **env)

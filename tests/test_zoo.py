@@ -15,13 +15,13 @@ import yaml
 from sb3_dppo import BC, DPPO, Demonstrations
 from sb3_dppo.policies import PAPER_POLICY_KWARGS
 from sb3_dppo.zoo import HYPERPARAMS, convert_dppo_params, hyperparams_file, sample_dppo_params, scripts
-from tests.commands import run, run_module
+from tests.commands import run, run_forked
 
 SMALL = "policy_kwargs:dict(net_arch=dict(pi=[16],vf=[16]),denoising_steps=2,horizon=4)"
 
 
 def train(*arguments: str, cwd: Path) -> str:
-    return run_module("rl_zoo3.train", "--num-threads", "1", "--eval-freq", "-1", *arguments, cwd=cwd)
+    return run_forked("rl_zoo3.train", "--num-threads", "1", "--eval-freq", "-1", *arguments, cwd=cwd)
 
 
 def test_train_enjoy_and_video(tmp_path: Path) -> None:

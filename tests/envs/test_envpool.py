@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_dppo import DPPO
 from sb3_dppo.envs import EnvPoolVecEnv, use_envpool
-from tests.commands import run, run_module
+from tests.commands import run, run_forked
 from tests.test_zoo import SMALL, train
 
 USE_ENVPOOL = "vec_env_wrapper:'sb3_dppo.envs.use_envpool'"
@@ -172,5 +172,5 @@ def test_in_rl_zoo(tmp_path: Path) -> None:
     train(*common, "-n", "1000", "--seed", "1", "-params", "n_steps:64", "n_envs:2", USE_ENVPOOL, SMALL, cwd=tmp_path)
     folder = tmp_path / "logs/dppo/Pendulum-v1_1"
     assert len(load_results(str(folder))) == 4 and (folder / "envpool.monitor.csv").is_file()
-    out = run_module("rl_zoo3.enjoy", *common, "-f", "logs", "-n", "450", "--no-render", cwd=tmp_path)
+    out = run_forked("rl_zoo3.enjoy", *common, "-f", "logs", "-n", "450", "--no-render", cwd=tmp_path)
     assert "Mean reward" in out

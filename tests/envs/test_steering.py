@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_dppo import DPPO
 from sb3_dppo.envs import NoiseSpaceVecEnv, ResidualVecEnv
-from tests.commands import run_module
+from tests.commands import run_forked
 from tests.test_zoo import train
 from tests.toy_envs import CountingEnv
 
@@ -159,7 +159,7 @@ def test_rl_zoo_trains_and_shows_it(tmp_path: Path) -> None:
         (tmp_path / "sac.yml").write_text(yaml.safe_dump({"Pendulum-v1": entry}))
         train("--algo", "sac", "--env", "Pendulum-v1", "--conf-file", "sac.yml", "-f", wrapper, cwd=tmp_path)
         enjoy = ("--algo", "sac", "--env", "Pendulum-v1", "-f", wrapper, "-n", "250", "--no-render")
-        assert "Mean reward" in run_module("rl_zoo3.enjoy", *enjoy, cwd=tmp_path)
+        assert "Mean reward" in run_forked("rl_zoo3.enjoy", *enjoy, cwd=tmp_path)
 
 
 def test_errors() -> None:
