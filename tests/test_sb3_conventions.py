@@ -13,6 +13,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import IdentityEnvBox
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
@@ -96,6 +97,13 @@ def test_bounds_types_and_numbers_of_envs(env: type[gym.Env], n_envs: int) -> No
     model = make_model(make_vec_env(env, n_envs)).learn(2 * n_envs * N_STEPS)
     assert model.num_timesteps == 2 * n_envs * N_STEPS
     assert np.isfinite(evaluate_policy(model, env(), n_eval_episodes=2, warn=False)[0])
+
+
+def test_identity_is_learned() -> None:
+    """SB3's own test of learning, with the numbers that it has for PPO and A2C."""
+    model = DPPO("DiffusionMlpPolicy", IdentityEnvBox(eps=0.5), learning_rate=1e-3, seed=0).learn(4000)
+    reward, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=20, warn=False)  # type: ignore[arg-type]
+    assert reward > 90
 
 
 def test_dict_observations() -> None:
