@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from study import Study, key_of, read_results
 
+from sb3_dppo.plots.curves import bootstrap_interval
+
 HEADER = ["algorithm", "seeds", "last", "best", "over random", "ratio to baseline", "CPU min"]
 MISSING = "–"
-REPETITIONS = 2000
 
 
 @dataclass
@@ -148,25 +149,9 @@ def summary(study: Study, frame: pd.DataFrame) -> list[str]:
     return lines
 
 
-def bootstrap(statistic: Callable[..., Any], *values: np.ndarray) -> np.ndarray:
-    """
-    Ours and not rliable's, which stops with a TypeError with the newest version of its dependency arch.
-
-    :param statistic: Statistic of arrays of scores.
-    :param values: The arrays, shape (seeds, tasks): seeds are drawn with replacement, for each task anew.
-    :return: Bounds of its 95 % interval, shape (2, ...).
-    """
-    rng = np.random.default_rng(0)
-    draws = [
-        statistic(*(np.take_along_axis(array, rng.integers(len(array), size=array.shape), axis=0) for array in values))
-        for _ in range(REPETITIONS)
-    ]
-    return np.percentile(draws, [2.5, 97.5], axis=0)
-
-
 def _interval(statistic: Callable[..., Any], *values: np.ndarray) -> str:
     """The statistic with its interval."""
-    low, high = bootstrap(statistic, *values)
+    low, high = bootstrap_interval(statistic, *values)
     return f"{statistic(*values):.2f} [{low:.2f}, {high:.2f}]"
 
 
@@ -260,5 +245,5 @@ def _profiles(study: Study, compared: Scores, ax: Any) -> None:
     for name, values in compared.values.items():
         color = f"C{list(study.algorithms).index(name)}"
         ax.plot(thresholds, profile(values), label=name, color=color)
-        ax.fill_between(thresholds, *bootstrap(profile, values), alpha=0.2, color=color)
+        ax.fill_between(thresholds, *bootstrap_interval(profile, values), alpha=0.2, color=color)
     ax.set(title="performance profiles", xlabel="normalised score", ylabel="share of runs above it")

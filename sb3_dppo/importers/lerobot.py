@@ -1,10 +1,10 @@
 """Import of LeRobot's Diffusion policies as models of this package."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import GymEnv
@@ -116,18 +116,28 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _mapping(read: dict[str, Any], name: str) -> dict[str, Any]:
+    """What the configuration says about this, nothing if it is silent."""
+    value = read.get(name) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"config.json: {name} is {value!r}, and not a mapping.")
+    return value
+
+
 def _sizes_of_states(config: dict[str, Any]) -> dict[str, int]:
     """The sizes of the vectors that the policy observes."""
     read = config["read"]
-    features = read.get("input_features") or {
-        name: dict(shape=shape) for name, shape in (read.get("input_shapes") or {}).items()
-    }
-    cameras = sorted(set(features) - set(STATES))
+    features = _mapping(read, "input_features")
+    shapes = _mapping(read, "input_shapes") or {name: _mapping(features, name).get("shape") for name in features}
+    cameras = sorted(set(shapes) - set(STATES))
     if cameras:
         raise ValueError(f"The policy observes {', '.join(cameras)}: only policies without cameras can be imported.")
-    if not features:
+    if not shapes:
         raise ValueError("config.json names no input_features.")
-    return {name: int(np.prod(features[name]["shape"])) for name in STATES if name in features}
+    for name, shape in shapes.items():
+        if not isinstance(shape, list) or not shape or not all(type(size) is int and size > 0 for size in shape):
+            raise ValueError(f"config.json: the shape of {name} is {shape!r}, and not a list of positive whole numbers.")
+    return {name: math.prod(shapes[name]) for name in STATES if name in shapes}
 
 
 def _read_tensors(folder: Path) -> Tensors:
@@ -145,10 +155,10 @@ def _read_tensors(folder: Path) -> Tensors:
 
 def _mode(read: dict[str, Any], name: str) -> str:
     """How a feature is normalised: "MIN_MAX", "MEAN_STD" or "IDENTITY"."""
-    by_type = read.get("normalization_mapping")
-    if by_type is not None:
+    if read.get("normalization_mapping") is not None:
+        by_type = _mapping(read, "normalization_mapping")
         return str(by_type.get({**STATES, "action": "ACTION"}[name], "IDENTITY")).rpartition(".")[2]
-    modes = (read.get("input_normalization_modes") or {}) | (read.get("output_normalization_modes") or {})
+    modes = _mapping(read, "input_normalization_modes") | _mapping(read, "output_normalization_modes")
     return str(modes.get(name, "identity")).upper()
 
 

@@ -1,7 +1,7 @@
 """Learning curves of RL Zoo's folders of runs, with the spread of their seeds."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +66,22 @@ def spread(runs: list[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return timesteps, values.mean(axis=0), values.std(axis=0)
 
 
+def bootstrap_interval(statistic: Callable[..., Any], *scores: np.ndarray) -> np.ndarray:
+    """
+    Ours and not rliable's, which stops with a TypeError with the newest version of its dependency arch.
+
+    :param statistic: A statistic of arrays of scores.
+    :param scores: The arrays, shape (runs, tasks). Runs are drawn with replacement, for each task anew.
+    :return: Bounds of its 95 % interval, shape (2, ...).
+    """
+    rng = np.random.default_rng(0)
+    draws = [
+        statistic(*(np.take_along_axis(array, rng.integers(len(array), size=array.shape), axis=0) for array in scores))
+        for _ in range(REPETITIONS)
+    ]
+    return np.percentile(draws, [2.5, 97.5], axis=0)
+
+
 def interquartile_means(curves: dict[tuple[str, str], list[Curve]]) -> dict[tuple[str, str], tuple[float, float, float]]:
     """
     Interquartile means of the runs' last evaluations, with 95 % bootstrap intervals over the runs (Agarwal et al. 2021).
@@ -74,14 +90,12 @@ def interquartile_means(curves: dict[tuple[str, str], list[Curve]]) -> dict[tupl
     :return: Mean, low and high by env and algorithm.
     :raises ImportError: Without rliable.
     """
-    # Not its intervals, which fail with the newest version of arch.
     from rliable.metrics import aggregate_iqm
 
     means = {}
     for key, runs in curves.items():
-        scores = np.array([run.returns[-1] for run in runs])
-        draws = np.random.default_rng(0).choice(scores, (REPETITIONS, len(scores)))
-        low, high = np.quantile([aggregate_iqm(draw) for draw in draws], [0.025, 0.975])
+        scores = np.array([[run.returns[-1]] for run in runs])
+        low, high = bootstrap_interval(aggregate_iqm, scores)
         means[key] = (float(aggregate_iqm(scores)), float(low), float(high))
     return means
 

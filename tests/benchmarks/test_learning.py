@@ -360,15 +360,6 @@ def test_tasks_without_a_scale_are_left_out(results: tuple[study.Study, Path], c
     assert "Over 1 tasks (without Hopper-v5)" in printed and "200.0" in printed and "2.00" in printed
 
 
-def test_the_bootstrap_draws_seeds_within_each_task() -> None:
-    # Seeds of one task differ by 1 and tasks by 100: the mean's interval knows nothing of the latter.
-    values = np.array([[0.0, 100.0], [1.0, 101.0]])
-    np.testing.assert_array_equal(report.bootstrap(np.mean, values), [50.0, 51.0])
-    values = np.random.default_rng(1).normal(size=(100, 1))
-    low, high = report.bootstrap(np.mean, values)
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / 10, rel=0.1)
-
-
 def test_show_without_results(tmp_path: Path) -> None:
     done = call("show", write(tmp_path), "--results", tmp_path)
     assert done.returncode == 2 and "has no results of this study: run it first" in done.stderr

@@ -180,6 +180,11 @@ def test_errors(tmp_path: Path) -> None:
     camera = {"observation.state": dict(type="STATE", shape=[3]), "observation.image": dict(type="VISUAL", shape=[3, 96, 96])}
     load("observes observation.image: only policies without cameras", input_features=camera)
     load("names no input_features", input_features={})
+    load(r"input_features is \['observation.state'\], and not a mapping", input_features=["observation.state"])
+    load("the shape of observation.state is None, and not a list", input_features={"observation.state": {}})
+    load("observation.state is 3, and not a mapping", input_features={"observation.state": 3})
+    load(r"the shape of observation.state is \[0\], and not", input_features={"observation.state": dict(shape=[0])})
+    load("normalization_mapping is 'MIN_MAX', and not a mapping", normalization_mapping="MIN_MAX")
     load("n_obs_steps='2' must be a positive whole number", n_obs_steps="2")
     load("beta_end=0.5 is not diffusers' default", beta_schedule="linear", beta_end=0.5)
     load("observation.state is normalised by QUANTILES", normalization_mapping=dict(STATE="QUANTILES"))

@@ -13,7 +13,7 @@ from stable_baselines3.common.logger import configure
 from sb3_dppo import DPPO
 from sb3_dppo.plots.__main__ import main
 from sb3_dppo.plots.chains import iterates, observation_of, plot_chains
-from sb3_dppo.plots.curves import Curve, interquartile_means, plot_curves, read_curves, spread
+from sb3_dppo.plots.curves import Curve, bootstrap_interval, interquartile_means, plot_curves, read_curves, spread
 from sb3_dppo.plots.updates import plot_updates, read_scalars
 
 
@@ -145,3 +145,12 @@ def test_mistakes(
     with pytest.raises(SystemExit):
         command(monkeypatch, *(argument.format(agent=trained / "agent") for argument in arguments))
     assert message in capsys.readouterr().err
+
+
+def test_the_bootstrap_draws_seeds_within_each_task() -> None:
+    # Seeds of one task differ by 1 and tasks by 100: the mean's interval knows nothing of the latter.
+    values = np.array([[0.0, 100.0], [1.0, 101.0]])
+    np.testing.assert_array_equal(bootstrap_interval(np.mean, values), [50.0, 51.0])
+    values = np.random.default_rng(1).normal(size=(100, 1))
+    low, high = bootstrap_interval(np.mean, values)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 10, rel=0.1)
