@@ -47,6 +47,7 @@ def main() -> None:
         gae_lambda=0.95,
         clip_range=0.05,
         clip_range_base=0.01,
+        lr_decay="constant",
         seed=args.seed,
     )
     BC(model, load_demonstrations(args.demos)).train(args.epochs)

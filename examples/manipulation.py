@@ -1,7 +1,7 @@
 """
 Pick and place in Meta-World with a sparse reward: imitate 200 demonstrations, fine-tune with DPPO on success alone, evaluate.
 
-Needs `pip install 'sb3-dppo[manipulation]'`. The fine-tuning took 5 to 8 minutes on one core.
+Needs `pip install '.[manipulation]'`. The fine-tuning took 5 to 8 minutes on one core.
 """
 
 import argparse

@@ -4,7 +4,7 @@ Scripted experts for robosuite's Lift and Can, as noisy as people are, to record
     python -m sb3_dppo.demonstrations collect --env RobosuiteSparse/Lift --policy robosuite_experts:lift \\
         --successes-only --n-episodes 200 --seed 0 -o lift.npz
 
-Needs `pip install 'sb3-dppo[robosuite]'`.
+Needs `pip install '.[robosuite]'`.
 """
 
 from collections.abc import Callable

@@ -54,7 +54,8 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     :param denoising_steps: K, the steps of the diffusion model; of a flow, those that are run unless ``inference_steps`` says
         otherwise.
     :param beta_schedule: diffusers' name of the noise schedule.
-    :param horizon: Tp, the actions predicted at once. (4 is the default of ``DiffusionUnetPolicy``.)
+    :param horizon: Tp, the actions predicted at once. (4 is the default of ``DiffusionUnetPolicy`` and
+        ``DiffusionTransformerPolicy``.)
     :param first_action: Number of the first action in a chunk that is executed: where a chunk begins at the first of several
         observations, as in Chi et al. (2023), their number less one.
     :param prediction_type: What the denoiser predicts: "epsilon" (the noise), "sample" (the clean chunk) or "v_prediction";
@@ -67,14 +68,16 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     :param clip_final_action: Clamp of the final sample, or ``None``.
     :param residual: Use residual blocks in the denoiser, so that ``pi`` must be an odd number of equal widths. ``None``: where
         it is one of three or more. Like ``layer_norm``, ``obs_encoder_arch``, ``film`` and ``time_dim`` not a setting of
-        ``DiffusionUnetPolicy``'s and ``DiffusionTransformerPolicy``'s denoisers.
+        ``DiffusionUnetPolicy``'s and ``DiffusionTransformerPolicy``'s denoisers, except that a UNet with ``net="film"`` takes
+        ``obs_encoder_arch`` and ``time_dim``.
     :param critic_residual: The same for the critic; ``None`` means as ``residual``.
     :param layer_norm: Normalise the hidden layers of the denoiser.
     :param critic_layer_norm: Normalise the hidden layers of the critic.
     :param obs_encoder_arch: Widths of an encoder of the observation inside the denoiser, or ``None``.
     :param film: Let time and observation scale and shift the denoiser's hidden layers, too (FiLM).
     :param time_dim: Size of the time embedding, even.
-    :param activation_fn: Activation of the denoiser and its observation encoder, a class or a name such as "relu". ``None``:
+    :param activation_fn: Activation of the denoiser and its observation encoder, a class or a name such as "relu"; the
+        transformer keeps its own, and diffusers' UNet, which embeds features with it. ``None``:
         Tanh, as in PPO, where ``prediction_type`` is "sample" or "mean", and elsewhere ReLU, as in the paper.
     :param critic_activation_fn: Activation of the critic. ``None``: in the same way Tanh or Mish.
     :param ortho_init: Use orthogonal initial weights in the critic and in ``DiffusionMlpPolicy``'s denoiser, whose last layer

@@ -117,7 +117,7 @@ class BC:
         """The minimum or maximum of the demonstrations' vectors, as the policy takes it."""
         values = {
             key: np.concatenate([extreme(np.asarray(self.demonstrations.parts[key]), axis=0)] * self.n_stack, axis=-1)
-            for key in vector_keys(self.model.observation_space)
+            for key in vector_keys(self.model.observation_space, self.model.policy.normalize_images)
         }
         return values[""] if "" in values else np.concatenate([np.empty(0), *(value.ravel() for value in values.values())])
 
@@ -255,13 +255,16 @@ def main() -> None:
     except (ValueError, ImportError) as error:
         parser.error(str(error))
     print(demonstrations.summary)
-    policy_kwargs = dict(PAPER_POLICY_KWARGS)
+    policy_kwargs: dict[str, Any] = dict(PAPER_POLICY_KWARGS)
     if args.policy in ("DiffusionUnetPolicy", "DiffusionTransformerPolicy"):
         del policy_kwargs["net_arch"]  # widths of an MLP
+    for name, value in _parse(args.policy_kwargs).items():
+        paper = policy_kwargs.get(name)
+        policy_kwargs[name] = {**paper, **value} if isinstance(paper, dict) and isinstance(value, dict) else value
     model = DPPO(
         args.policy,
         args.env,
-        policy_kwargs={**policy_kwargs, **_parse(args.policy_kwargs)},
+        policy_kwargs=policy_kwargs,
         verbose=1,
         seed=args.seed,
         device=args.device,
@@ -292,7 +295,7 @@ def _parse(items: list[str]) -> dict[str, Any]:
         try:
             parsed[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            parsed[key] = getattr(th.nn, value) if key.endswith("activation_fn") else value
+            parsed[key] = getattr(th.nn, value, value) if key.endswith("activation_fn") else value
             if key == "features_extractor_class":
                 parsed[key] = EXTRACTORS.get(value) or locate(value)
                 if parsed[key] is None:

@@ -70,11 +70,12 @@ class DPPO(DecisionRollouts):
     :param bc_coef: Coefficient of the log-probability, under the current policy, of chains sampled from the base policy
     :param kl_coef: Coefficient of the KL divergence of the denoising steps from the base policy's, per action dimension
     :param max_grad_norm: The maximum value for the gradient clipping, of actor and critic separately, or ``None``
-    :param target_kl: Stop the epochs of an update, before the step, when the approximate KL divergence exceeds this. It is a
-        mean over executed actions and their dimensions: divide PPO's 0.01 to 0.03 by their number. In good fine-tuning it is
-        1e-5 to 1e-3.
+    :param target_kl: Stop the epochs of an update, before the step, when the approximate KL divergence exceeds 1.5 times this,
+        as in PPO. It is a mean over executed actions and their dimensions: divide PPO's 0.01 to 0.03 by their number. In good
+        fine-tuning it is 1e-5 to 1e-3.
     :param critic_warmup: First rollouts of the model, or after behaviour cloning, on which only the critic is trained
-    :param scale_rewards: Whether to divide the decisions' rewards by the running std of their discounted return
+    :param scale_rewards: Whether to divide the decisions' rewards by the running std of their discounted return, and to clip
+        them to ± 10
     :param normalize_observations: Whether to normalise vectors in observations by their running mean and std, a part of the
         policy. They are of its first decisions, a tenth of those of a call of :meth:`learn` or 30 000 if these are more, and
         change between rollouts; the std never shrinks. ``None``: unless the env is under ``VecNormalize(norm_obs=True)``. A

@@ -248,7 +248,8 @@ def test_command_line(tmp_path: Path) -> None:
     kwargs = [
         "--policy-kwargs",
         "denoising_steps:4",
-        "net_arch:{'pi': [32], 'vf': [32]}",
+        "net_arch:{'pi': [32]}",
+        "activation_fn:silu",
         "-params",
         "act_steps:2",
         "n_steps:16",
@@ -258,6 +259,8 @@ def test_command_line(tmp_path: Path) -> None:
     assert "Mean reward" in done.stdout and f"{len(load_demonstrations('hopper-medium'))} transitions" in done.stdout
     model = DPPO.load(tmp_path / "a.zip")
     assert model.policy.process.denoising_steps == 4 and model.act_steps == 2
+    # The rest of the paper's architecture stays.
+    assert model.policy.net_arch == dict(pi=[32], vf=[256, 256, 256]) and isinstance(model.policy.denoiser.mlp[1], th.nn.SiLU)
 
 
 @pytest.mark.parametrize("format", ["npz", "hdf5"])

@@ -143,15 +143,9 @@ def prepare(page: str, code: str, names: dict[str, Any]) -> str:
             image, lambda obs: dict(image=obs), spaces.Dict(image=image.observation_space)
         )
     if "import_lerobot_policy(" in code:
-        frames = gym.wrappers.FrameStackObservation(gym.make("Arm-v0"), 2, padding_type="reset")
-        names["arm"] = gym.wrappers.FlattenObservation(frames)
-        code = code.replace('gym.make("Hopper-v5")', 'gym.make("Arm-v0")').replace(
-            'pretrained_model", env)', 'pretrained_model", arm)'
-        )
-    if "episode_start" in code:
-        names["env"] = names["model"].get_env()
+        code = code.replace('gym.make("Hopper-v5")', 'gym.make("Arm-v0")')
     if page == "zoo.md":
-        study = optuna.create_study(study_name="hopper", storage="sqlite:///study.db")
+        study = optuna.create_study(study_name="hopper", storage="sqlite:///dppo.db")
         study.optimize(
             lambda trial: trial.report(1.0, 0) or trial.suggest_float("gamma", 0, 1) * trial.suggest_int("K", 1, 3), 4
         )

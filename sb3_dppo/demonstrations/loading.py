@@ -53,6 +53,7 @@ def load_demonstrations(
     :return: The demonstrations, in the units of the env.
     :raises ValueError: for a source that can't be found or whose content does not fit together.
     :raises ImportError: if the package that reads it is not installed.
+    :raises TypeError: for a source that is none of these.
     """
     path = Path(source) if isinstance(source, (str, Path)) else Path()
     for name, value, suffixes, what in (

@@ -21,7 +21,8 @@ def from_minari_id(dataset_id: str, selection: Selection | None) -> dict[str, An
     try:
         import minari
     except ImportError as error:
-        raise ValueError(
+        kind = ValueError if name == dataset_id else ImportError  # a name that may be no dataset's at all
+        raise kind(
             f"source={dataset_id!r} is {others} a Minari dataset, which need `pip install sb3-dppo[minari]`."
         ) from error
     if name not in minari.list_local_datasets():

@@ -13,7 +13,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
-from sb3_dppo import DPPO
+from sb3_dppo import BC, DPPO, Demonstrations
 from sb3_dppo.features import VitExtractor
 from sb3_dppo.features.observations import check_observation_space, vector_keys
 
@@ -194,6 +194,9 @@ def test_float_images_train_save_load_and_predict(as_dict: bool, tmp_path: Path)
     policy = "DiffusionMultiInputPolicy" if as_dict else "DiffusionCnnPolicy"
     model = make_model(policy, FloatImages(), policy_kwargs=dict(normalize_images=False)).learn(16)
     assert model.policy.normalizer.obs_center.numel() == 0  # images are no vectors
+    images = np.random.default_rng(0).random((20, 3, 64, 64), dtype=np.float32)
+    demonstrations = Demonstrations(dict(image=images) if as_dict else images, np.zeros((20, 1)), np.array([20]))
+    BC(model, demonstrations).train(1, progress_bar=False)
     model.save(tmp_path / "model")
     obs = FloatImages().reset(seed=0)[0]
     loaded = DPPO.load(tmp_path / "model", device="cpu")
