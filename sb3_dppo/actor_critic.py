@@ -19,7 +19,8 @@ from sb3_dppo.diffusion.denoisers import Denoiser, activation_class, gather_rows
 from sb3_dppo.diffusion.noise import NoiseNetwork
 from sb3_dppo.diffusion.process import DenoisingChain, Process
 from sb3_dppo.diffusion.processes import make_process
-from sb3_dppo.diffusion.sampler import DiffusionSampler, SamplerConfig
+from sb3_dppo.diffusion.sampler import DiffusionSampler
+from sb3_dppo.diffusion.settings import SamplerConfig
 from sb3_dppo.features.extractors import EXTRACTORS
 from sb3_dppo.features.observations import batch_size_of, check_observation_space, take
 from sb3_dppo.normalization import Normalizer
@@ -92,7 +93,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     :param optimizer_kwargs: Keyword arguments for it, except the learning rate. AdamW has no weight decay unless named here.
     :param share_features_extractor: Not supported: the critic's gradients would change the features that the frozen base
         policy was trained with.
-    :param sampler: Settings of :class:`~sb3_dppo.diffusion.sampler.SamplerConfig`.
+    :param sampler: Settings of :class:`~sb3_dppo.diffusion.settings.SamplerConfig`.
     :raises ValueError: naming the argument, for settings that don't fit together.
     :raises TypeError: for an argument that does not exist.
     """

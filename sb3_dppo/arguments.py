@@ -12,7 +12,7 @@ from gymnasium import spaces
 from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_dppo.buffers import DenoisingRolloutBuffer
-from sb3_dppo.diffusion.sampler import SamplerConfig
+from sb3_dppo.diffusion.settings import MIN_LOGPROB_STD, SamplerConfig, are_ordered, is_number
 from sb3_dppo.runs.faults import ON_BAD_ENV
 from sb3_dppo.runs.names import refuse_unknown
 from sb3_dppo.schedules import make_schedule
@@ -144,10 +144,9 @@ def check_ranges(model: Any) -> None:
             value = getattr(model, name)
             if value is None and name in OPTIONAL:
                 continue
-            is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-            if not (is_number and fits(value)):
+            if not (is_number(value) and fits(value)):
                 or_none = ", or None" if name in OPTIONAL else ""
-                raise ValueError(f"{name}={value!r} must be {rule if is_number else 'a number'}{or_none}.")
+                raise ValueError(f"{name}={value!r} must be {rule if is_number(value) else 'a number'}{or_none}.")
     for name in SCHEDULES:
         value = getattr(model, name)
         if value is None and name in OPTIONAL:
@@ -160,16 +159,18 @@ def check_ranges(model: Any) -> None:
         if getattr(model, name) not in choices:
             raise ValueError(f"{name}={getattr(model, name)!r} is unknown: choose one of {list(choices)}.")
     anneal = model.ft_denoising_anneal
-    if anneal is not None and (len(anneal) != 2 or min(anneal) < 1):
+    is_pair = isinstance(anneal, (tuple, list)) and len(anneal) == 2 and all(is_number(x, whole=True) for x in anneal)
+    if anneal is not None and not (is_pair and min(anneal) >= 1):
         raise ValueError(
-            f"ft_denoising_anneal={anneal} must be two positive numbers: every how many rollouts, by how many steps."
+            f"ft_denoising_anneal={anneal!r} must be two positive numbers: every how many rollouts, by how many steps."
         )
-    low, high = model.advantage_quantiles
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"advantage_quantiles={model.advantage_quantiles} must be two numbers with 0 <= low < high <= 1.")
+    quantiles = model.advantage_quantiles
+    if not (are_ordered(quantiles) and quantiles[0] >= 0 and quantiles[1] <= 1):
+        raise ValueError(f"advantage_quantiles={quantiles!r} must be two numbers with 0 <= low < high <= 1.")
     buffer_class = model.rollout_buffer_class
-    if buffer_class is not None and not issubclass(buffer_class, DenoisingRolloutBuffer):
-        name = buffer_class.__name__
+    is_class = isinstance(buffer_class, type)
+    if buffer_class is not None and not (is_class and issubclass(buffer_class, DenoisingRolloutBuffer)):
+        name = buffer_class.__name__ if is_class else repr(buffer_class)
         raise ValueError(f"rollout_buffer_class={name} keeps no denoising chains: derive it from DenoisingRolloutBuffer.")
 
 
@@ -177,7 +178,7 @@ def warn_about_training_arguments(model: Any) -> None:
     """Warn of settings that work but are probably not meant."""
 
     def warn(message: str) -> None:
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=5)
 
     sampler = model.policy.sampler
     n_pairs = model.n_envs * (model.n_steps // sampler.act_steps) * sampler.ft_denoising_steps
@@ -188,7 +189,8 @@ def warn_about_training_arguments(model: Any) -> None:
             "each epoch is one minibatch."
         )
     if not model.pretrained_on_demonstrations:
-        if sampler.n_base_steps > 0:
+        # Steps that annealing has frozen run what the denoiser was by then.
+        if sampler.n_base_steps > 0 and (model.ft_denoising_anneal is None or model.n_rollouts == 0):
             warn(
                 f"ft_denoising_steps={sampler.ft_denoising_steps}: the first {sampler.n_base_steps} denoising steps run the "
                 "base denoiser, which was never trained. Pre-train it (BC), or leave ft_denoising_steps=None."
@@ -199,6 +201,12 @@ def warn_about_training_arguments(model: Any) -> None:
                     f"{name}={getattr(model, name)} holds the policy to its base policy, which was never trained on "
                     f"demonstrations: pre-train it (BC), or set {name}=0."
                 )
+    floor = sampler.config.floors[1]
+    if floor is not None and floor < MIN_LOGPROB_STD:
+        warn(
+            f"min_logprob_std={floor}: log-densities are clamped at 2, and most of a step that is so narrow would be above, "
+            f"where it has no gradient: use at least {MIN_LOGPROB_STD}."
+        )
     vec_normalize = model.get_vec_normalize_env()
     if vec_normalize is not None and vec_normalize.norm_reward and model.scale_rewards:
         warn("Rewards are scaled twice: use VecNormalize(norm_reward=False) or scale_rewards=False.")

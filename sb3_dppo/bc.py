@@ -25,6 +25,7 @@ from sb3_dppo.dppo import DPPO
 from sb3_dppo.features.extractors import EXTRACTORS
 from sb3_dppo.features.observations import parts_of_space, vector_keys
 from sb3_dppo.policies import PAPER_POLICY_KWARGS
+from sb3_dppo.runs.faults import has_attr
 
 
 class BC:
@@ -92,7 +93,7 @@ class BC:
 
     def _check_env_id(self) -> None:
         env_id, env = self.demonstrations.env_id, self.model.get_env()
-        spec = None if env is None or not env.has_attr("spec") else env.get_attr("spec", 0)[0]
+        spec = None if env is None or not has_attr(env, "spec") else env.get_attr("spec", 0)[0]
         if env_id is None or spec is None or spec.id == env_id:
             return
         if spec.id.rpartition("-v")[0] != env_id.rpartition("-v")[0]:

@@ -36,7 +36,7 @@ class DPPO(DecisionRollouts):
     ``n_steps`` count env steps. The defaults are for learning from scratch; for fine-tuning see the documentation.
 
     The sampler's settings, from ``act_steps`` to ``precision``, are those of
-    :class:`~sb3_dppo.diffusion.sampler.SamplerConfig`; here ``min_sampling_std`` may be a schedule, too. With neither
+    :class:`~sb3_dppo.diffusion.settings.SamplerConfig`; here ``min_sampling_std`` may be a schedule, too. With neither
     ``min_sampling_std`` nor ``min_logprob_std``, a policy that has learned from demonstrations has both at 0.1.
 
     Schedules are numbers, functions of the current progress remaining (from 1 to 0), or strings: "lin_1e-3" goes linearly from
@@ -284,6 +284,7 @@ class DPPO(DecisionRollouts):
         self._make_rollout_buffer()
 
     def _check_before_learning(self) -> None:
+        self._configure_sampler()
         arguments.check_training_arguments(self)
         arguments.warn_about_training_arguments(self)
 

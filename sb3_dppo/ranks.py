@@ -19,6 +19,7 @@ from torch import nn
 # After so long without progress a rank ends, and with it all; 0 means never.
 HANG_SECONDS = float(os.environ.get("SB3_DPPO_HANG_SECONDS", 60))
 _last_progress = 0.0
+_is_watched = False
 
 
 def join() -> None:
@@ -61,7 +62,7 @@ def progress() -> None:
     the others, which would wait for it. To wait for others, who may be busy with an evaluation, is not to be stuck.
     """
     global _last_progress
-    if size() > 1 and HANG_SECONDS > 0 and time.monotonic() - _last_progress > HANG_SECONDS / 10:
+    if _is_watched and size() > 1 and HANG_SECONDS > 0 and time.monotonic() - _last_progress > HANG_SECONDS / 10:
         _last_progress = time.monotonic()
         faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
 
@@ -72,6 +73,18 @@ def rest() -> None:
     if size() > 1:
         faulthandler.cancel_dump_traceback_later()
         _last_progress = 0.0
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Expect progress."""
+    global _is_watched
+    before, _is_watched = _is_watched, True
+    try:
+        yield
+    finally:
+        _is_watched = before
+        rest()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from sb3_dppo.actor_critic import DiffusionActorCriticPolicy
 from sb3_dppo.arguments import SAMPLER_ARGUMENTS, check_training_arguments
 from sb3_dppo.buffers import DenoisingRolloutBuffer, RewardScaler, equal_slices
 from sb3_dppo.chunks import ChunkQueue
-from sb3_dppo.diffusion.sampler import SamplerConfig
+from sb3_dppo.diffusion.settings import SamplerConfig
 from sb3_dppo.envs.torch_vec_env import BatchedInfos, TorchVecEnv
 from sb3_dppo.features.observations import stack, take, to_arrays, to_tensors
 from sb3_dppo.runs.resumable import ResumableAlgorithm
@@ -73,11 +73,16 @@ class DecisionRollouts(ResumableAlgorithm):
             **self.rollout_buffer_kwargs,
         )
 
-    def _apply_settings(self) -> None:
-        """Let what was assigned to the model since the last rollout act from now on."""
+    def _configure_sampler(self) -> None:
+        # Ranges of demonstrations come along with weights that were taken over from a policy that has seen them.
+        self.pretrained_on_demonstrations |= self.policy.normalizer.has_ranges
         config = self._sampler_config()
         if config != self.policy.sampler.config:
             self.policy.configure_sampler(config)
+
+    def _apply_settings(self) -> None:
+        """Let what was assigned to the model since the last rollout act from now on."""
+        self._configure_sampler()
         check_training_arguments(self)
         sampler, buffer = self.policy.sampler, self.rollout_buffer
         if (sampler.act_steps, sampler.ft_denoising_steps) != (buffer.act_steps, buffer.ft_denoising_steps):
@@ -140,7 +145,11 @@ class DecisionRollouts(ResumableAlgorithm):
 
             # Give access to local variables
             callback.update_locals(locals())
-            if not callback.on_step():
+            with self.policy.sampler.keep_constants():  # Of whatever weights it acts with.
+                goes_on = callback.on_step()
+            if not goes_on:
+                if is_batched:
+                    self._last_obs = to_arrays(new_obs)
                 ranks.all_agree(False)
                 self.reward_scaler.forget_episodes(env.num_envs)  # These decisions are dropped.
                 return False

@@ -31,8 +31,8 @@ class DecaySchedule:
     def __post_init__(self) -> None:
         if self.decay not in DECAYS:
             raise ValueError(f"lr_decay={self.decay!r} is unknown: choose one of {list(DECAYS)}.")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"lr_warmup={self.warmup} must be at least 0 and below 1: it is a fraction of training.")
+        if not isinstance(self.warmup, (int, float)) or not 0 <= self.warmup < 1:
+            raise ValueError(f"lr_warmup={self.warmup!r} must be at least 0 and below 1: it is a fraction of training.")
 
     def __call__(self, progress_remaining: float) -> float:
         value = self.value(progress_remaining) if callable(self.value) else self.value

@@ -68,6 +68,16 @@ NAN = float("nan")
         ("batch_size", "256"),
         ("gamma", "0.99"),
         ("shuffle", "rows"),
+        ("advantage_quantiles", None),
+        ("advantage_quantiles", (0.9, 0.1)),
+        ("eta_range", None),
+        ("std_range", (0.1,)),
+        ("ft_denoising_anneal", 5),
+        ("eta", "0.5"),
+        ("min_logprob_std", "0.1"),
+        ("lr_warmup", "0.1"),
+        ("act_steps", 1.0),
+        ("rollout_buffer_class", "DenoisingRolloutBuffer"),
     ],
 )
 def test_values_out_of_range(name: str, value: Any) -> None:
@@ -207,3 +217,22 @@ def test_values_out_of_range_of_a_file(tmp_path: Path) -> None:
     assert np.isfinite(loaded.predict(loaded.observation_space.sample())[0]).all()
     with pytest.raises(ValueError, match="n_epochs=0"):
         DPPO.load(tmp_path / "model", env=model.env, n_epochs=0).learn(16)
+
+
+def test_settings_that_fit_only_together() -> None:
+    """What was assigned is checked with what was assigned beside it, not with what was there before."""
+    model = make_model(policy_kwargs=SMALL | dict(horizon=4), act_steps=4).learn(16)
+    model.act_steps, model.n_steps = 2, 6
+    model.learn(12)
+    assert model.policy.sampler.act_steps == 2
+
+
+def test_warnings_name_the_line_of_the_user() -> None:
+    with pytest.warns(UserWarning, match="each epoch is one minibatch") as warned:
+        make_model(batch_size=1000).learn(16)
+    assert warned[0].filename == __file__
+
+
+def test_a_floor_below_what_densities_may_be() -> None:
+    with pytest.warns(UserWarning, match="min_logprob_std=0.02: log-densities are clamped"):
+        make_model(min_sampling_std=0.02, min_logprob_std=0.02).learn(16)

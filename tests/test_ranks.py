@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sb3_dppo import DPPO
+from sb3_dppo import DPPO, ranks
 from tests.rank_program import CASES
 
 ROOT = Path(__file__).parents[1]
@@ -112,3 +112,19 @@ def test_rl_zoo(tmp_path: Path) -> None:
     assert evaluations["timesteps"].tolist() == [256, 512]
     # Four rollouts and two evaluations, told by the first one.
     assert done.stdout.count("total_timesteps") == 6
+
+
+def test_progress_is_expected_while_learning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not afterwards, when predict may be called now and then."""
+    armed: list[float] = []
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr(ranks, "_last_progress", -1e9)
+    monkeypatch.setattr(ranks.faulthandler, "dump_traceback_later", lambda seconds, exit: armed.append(seconds))
+    ranks.progress()
+    assert armed == []
+    with ranks.watched():
+        ranks.progress()
+    assert armed == [ranks.HANG_SECONDS]
+    monkeypatch.setattr(ranks, "_last_progress", -1e9)
+    ranks.progress()
+    assert len(armed) == 1

@@ -1,7 +1,9 @@
 """Saving and loading, after Stable-Baselines3's own tests for its algorithms."""
 
+import os
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -212,6 +214,67 @@ def test_pretrained_argument(tmp_path: Path) -> None:
         DPPO("DiffusionMlpPolicy", "Hopper-v5", pretrained=str(tmp_path / "bc.zip"))
     with pytest.raises(ValueError, match="holds a DiffusionMlpPolicy"):
         DPPO("DiffusionUnetPolicy", "Pendulum-v1", pretrained=str(tmp_path / "bc.zip"))
+    PPO("MlpPolicy", "Pendulum-v1").save(tmp_path / "ppo")
+    with pytest.raises(ValueError, match="is not a saved DPPO model"):
+        DPPO("DiffusionMlpPolicy", "Pendulum-v1", pretrained=str(tmp_path / "ppo.zip"))
+
+
+def test_weights_of_a_policy_that_has_seen_demonstrations() -> None:
+    """Taken over by themselves, they explore as the policy did."""
+    model, other, third = make_model(), make_model(), make_model()
+    rng = np.random.default_rng(0)
+    BC(model, Demonstrations(rng.normal(size=(50, 3)), rng.uniform(-2, 2, (50, 1)), np.array([50]))).train(
+        1, progress_bar=False
+    )
+    other.set_parameters(model.get_parameters())
+    third.policy.load_state_dict(model.policy.state_dict())
+    third.learn(32)
+    for taught in (model, other, third):
+        assert taught.pretrained_on_demonstrations and taught.policy.sampler.floors() == (0.1, 0.1)
+
+
+def test_pretrained_without_statistics_of_observations(tmp_path: Path) -> None:
+    """What has learned from observations as they are goes on with them."""
+    make_model(normalize_observations=False).learn(32).save(tmp_path / "raw")
+    make_model().learn(32).save(tmp_path / "normalised")
+    for name, normalizes in (("raw", False), ("normalised", True)):
+        model = make_model(policy_kwargs={}, pretrained=str(tmp_path / f"{name}.zip"))
+        assert model.updates_normalizer == normalizes
+
+
+class WithAliases(DPPO):
+    policy_aliases: ClassVar[dict[str, Any]] = dict(DPPO.policy_aliases)
+
+    def __init__(self, *args: Any, folder: "Unknown | None" = None, **kwargs: Any) -> None:  # type: ignore[name-defined] # noqa: F821
+        super().__init__(*args, **kwargs)
+
+
+def test_subclasses_load(tmp_path: Path) -> None:
+    """With arguments of their own, whose types are known to type checkers only."""
+    WithAliases("DiffusionMlpPolicy", "Pendulum-v1", n_steps=16, policy_kwargs=SMALL).save(tmp_path / "model")
+    assert WithAliases.load(tmp_path / "model", seed=1).seed == 1
+    with pytest.raises(TypeError, match="did you mean 'n_steps'"):
+        WithAliases.load(tmp_path / "model", n_step=1)
+
+
+def test_annealed_steps_are_no_untrained_base(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    make_model(ft_denoising_anneal=(1, 1)).learn(64).save(tmp_path / "model")
+    DPPO.load(tmp_path / "model", env=make_vec_env("Pendulum-v1", 2)).learn(32)
+    assert not any("never trained" in str(warning.message) for warning in recwarn)
+
+
+def test_a_folder_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of some network file systems: the file is there."""
+    sync = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    make_model().save(tmp_path / "model")
+    assert (tmp_path / "model.zip").is_file()
 
 
 def test_load_errors(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import IdentityEnvBox
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import FloatSchedule
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 from torch import nn
 
-from sb3_dppo import DPPO
+from sb3_dppo import BC, DPPO, Demonstrations
 from sb3_dppo.policies import DiffusionMlpPolicy
 from tests.features.test_observations import VectorDictEnv
 from tests.toy_envs import CountingEnv, WalkEnv
@@ -89,6 +89,44 @@ def test_vec_env_with_nothing_extra(make: Callable[[Any], BaseAlgorithm], tmp_pa
     model.save(tmp_path / "model")
 
 
+def test_vec_env_with_nothing_extra_is_cloned_for() -> None:
+    model = make_model(BareVecEnv())
+    demonstrations = Demonstrations(np.zeros((20, 2)), np.zeros((20, 2)), np.array([20]), env_id="Bare-v0")
+    BC(model, demonstrations).train(1, progress_bar=False)
+
+
+class ForeignWrapper(VecEnvWrapper):
+    """As SuperSuit's: what it wraps is no VecEnv, but a vector env of another library."""
+
+    def __init__(self, venv: Any) -> None:
+        self.venv = venv
+        VecEnv.__init__(self, N_ENVS, venv.single_observation_space, venv.single_action_space)
+
+    def reset(self) -> Any:
+        return self.venv.reset()[0]
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self.actions = actions
+
+    def step_wait(self) -> Any:
+        obs, rewards, terminated, truncated, _ = self.venv.step(self.actions)
+        return obs, rewards, terminated | truncated, [{} for _ in range(N_ENVS)]
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return list(self.venv.get_attr(attr_name))  # type: ignore[arg-type]
+
+    def seed(self, seed: int | None = None) -> list[int | None]:
+        return [seed] * N_ENVS
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: Any = None) -> list[bool]:
+        return [False] * N_ENVS
+
+
+@MAKERS
+def test_wrappers_of_other_vector_envs(make: Callable[[Any], BaseAlgorithm]) -> None:
+    make(ForeignWrapper(gym.make_vec("Pendulum-v1", N_ENVS))).learn(2 * N_ENVS * N_STEPS)
+
+
 @pytest.mark.parametrize("n_envs", [1, 3])
 @pytest.mark.parametrize("env", [CountingEnv, WalkEnv])
 def test_bounds_types_and_numbers_of_envs(env: type[gym.Env], n_envs: int) -> None:
@@ -97,6 +135,37 @@ def test_bounds_types_and_numbers_of_envs(env: type[gym.Env], n_envs: int) -> No
     model = make_model(make_vec_env(env, n_envs)).learn(2 * n_envs * N_STEPS)
     assert model.num_timesteps == 2 * n_envs * N_STEPS
     assert np.isfinite(evaluate_policy(model, env(), n_eval_episodes=2, warn=False)[0])
+
+
+@MAKERS
+def test_nothing_to_learn(make: Callable[[Any], BaseAlgorithm]) -> None:
+    """What sets up a logger and the env."""
+    assert make(make_vec_env("Pendulum-v1", N_ENVS)).learn(0).num_timesteps == 0
+
+
+def test_weights_that_a_callback_writes_act_at_once() -> None:
+    """As averages of weights do that take their place for an evaluation, unseen by autograd."""
+
+    class Evaluate(BaseCallback):
+        def _on_step(self) -> bool:
+            before = [parameter.data.clone() for parameter in self.model.policy.parameters()]
+            for parameter in self.model.policy.parameters():
+                parameter.data.copy_(parameter.data + 0.02)
+            actions.append(self.model.predict(obs, deterministic=True)[0])
+            for parameter, value in zip(self.model.policy.parameters(), before, strict=True):
+                parameter.data.copy_(value)
+            return True
+
+    actions: list[np.ndarray] = []
+    obs = np.ones((1, 3), np.float32)
+    model = make_model()
+    for parameter in model.policy.parameters():
+        parameter.data.add_(0.02)
+    expected = model.predict(obs, deterministic=True)[0]
+    for parameter in model.policy.parameters():
+        parameter.data.sub_(0.02)
+    model.learn(N_ENVS * N_STEPS, callback=Evaluate())
+    np.testing.assert_allclose(actions, np.tile(expected, (N_STEPS, 1, 1)), atol=1e-5)
 
 
 def test_identity_is_learned() -> None:

@@ -22,11 +22,11 @@ class Constants:
         While networks are not exchanged. Weights may change: what follows from them is computed anew. What writes into
         ``parameter.data``, or as fused optimisers do unseen by autograd, has to be followed by :meth:`clear`.
         """
-        self._kept = {}
+        before, self._kept = self._kept, {}
         try:
             yield
         finally:
-            self._kept = None
+            self._kept = before
 
     def clear(self) -> None:
         """Compute all of them anew."""

@@ -50,7 +50,7 @@ def has_attr(env: VecEnv, name: str) -> bool:
     """Whether all copies of the env have the attribute or method. Of a ``VecEnv`` that can't tell, they have not."""
     try:
         return env.has_attr(name)
-    except NotImplementedError:
+    except (NotImplementedError, AttributeError):  # the latter in wrappers of other libraries' vector envs
         return False
 
 
@@ -81,7 +81,8 @@ class EnvGuard:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.venv: VecEnv = model.env
-        while isinstance(self.venv, VecEnvWrapper):
+        # Those of other packages may have something else within.
+        while isinstance(self.venv, VecEnvWrapper) and isinstance(self.venv.venv, VecEnv):
             self.venv = self.venv.venv
         if model.on_bad_env == "reset" and not has_attr(self.venv, "reset"):
             raise ValueError(f"on_bad_env='reset', but a {type(self.venv).__name__} can't reset a single env: use 'raise'.")
@@ -91,7 +92,7 @@ class EnvGuard:
         own = vars(self.venv)
         watched: dict[str, Callable[..., Any]] = dict(reset=self.reset, step_wait=self.step_wait)
         self._reset, self._step_wait = self.venv.reset, self.venv.step_wait
-        if hasattr(self.venv, "step_tensors"):
+        if hasattr(type(self.venv), "step_tensors"):
             self._step_tensors = self.venv.step_tensors
             watched["step_tensors"] = self.step_tensors
         self._before: dict[str, Any] = {name: own.get(name) for name in watched}

@@ -27,7 +27,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with contextlib.suppress(OSError):  # Some file systems can't, and the file is there.
+            _sync_folder(path.parent)
     except OSError as error:
         reason = f"{error.strerror or error}: it was not saved, and what was there before is unchanged"
         raise OSError(error.errno, reason, str(path)) from error

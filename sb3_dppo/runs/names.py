@@ -18,9 +18,13 @@ def constructor_arguments(cls: type) -> dict[str, Any]:
     for base in cls.__mro__:
         parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
         named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
-        hints = get_type_hints(base.__init__, localns=dict(VecEnv=VecEnv))  # type: ignore[misc]
+        try:
+            hints = get_type_hints(base.__init__, localns=dict(VecEnv=VecEnv))  # type: ignore[misc]
+        except NameError:  # names that are for type checkers only
+            hints = {}
         arguments = {name: hints.get(name, Any) for name in named} | arguments
-        if "policy_aliases" in vars(base) or not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        # DPPO takes ``**unknown`` to refuse them.
+        if not any(p.kind is p.VAR_KEYWORD and p.name != "unknown" for p in parameters):
             break
     return arguments
 

@@ -13,7 +13,7 @@ def read_pretrained(model: Any, path: str) -> dict[str, th.Tensor]:
         data, params, _ = load_from_zip_file(path, device=model.device)
     except FileNotFoundError:
         raise FileNotFoundError(f"pretrained={path!r}: there is no such file.") from None
-    if not data or "policy_class" not in data:
+    if not data or "ft_denoising_steps" not in data:
         raise ValueError(f"pretrained={path!r} is not a saved DPPO model.")
     if data["policy_class"].__name__ != model.policy_class.__name__:
         raise ValueError(
@@ -28,6 +28,9 @@ def read_pretrained(model: Any, path: str) -> dict[str, th.Tensor]:
             warnings.warn(
                 f"policy_kwargs[{name!r}]={value} is ignored: the architecture is that of pretrained={path!r}.", stacklevel=3
             )
+    weights: Any = params["policy"]
+    if model.normalize_observations is None and data["n_rollouts"] > 0 and weights["normalizer.obs_count"] == 0:
+        model.normalize_observations = False  # It has learned from observations as they are.
     model.policy_kwargs = data["policy_kwargs"]
     model.pretrained_on_demonstrations = data.get("pretrained_on_demonstrations", False)
-    return params["policy"]  # type: ignore[return-value]
+    return weights

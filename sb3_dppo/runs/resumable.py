@@ -44,6 +44,9 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         # Env steps before the call of ``learn``, or before the first one of a run that was interrupted.
         self._start_of_run = 0
 
+    def _configure_sampler(self) -> None:
+        """Let the policy sample as the model's settings say."""
+
     def _check_before_learning(self) -> None:
         """Check what only matters for training: a loaded model may have another number of envs, or never be trained."""
 
@@ -87,11 +90,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         if self.env is None:
             raise ValueError("The model has no env to learn in: load it with load(path, env=env), or call set_env(env).")
         self._check_before_learning()
-        try:
-            with interruptible(self._describe_interruption), EnvGuard(self):
-                super().learn(int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-        finally:
-            ranks.rest()
+        with ranks.watched(), interruptible(self._describe_interruption), EnvGuard(self):
+            super().learn(int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         if ranks.size() > 1:  # The first rank saves the states of all, which it can't ask for then.
             self._rollout_start = RunState.of_all(self)
         return self
@@ -130,7 +130,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout may go beyond the total: schedules end at 0 and not below, where learning rates would be negative.
-        self._current_progress_remaining = max(0.0, 1.0 - num_timesteps / total_timesteps)
+        self._current_progress_remaining = max(0.0, 1.0 - num_timesteps / max(1, total_timesteps))
 
     def _remaining_of_run(self) -> float:
         """
@@ -204,6 +204,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         for optimizer in self.policy.optimizers:
             for group in optimizer.param_groups:
                 group.update({flag: optimizer.defaults.get(flag) for flag in flags & group.keys()})
+        self._configure_sampler()
 
     @classmethod
     def load(  # type: ignore[override]

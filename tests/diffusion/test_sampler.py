@@ -10,7 +10,7 @@ import pytest
 import torch as th
 
 from sb3_dppo import DPPO
-from sb3_dppo.diffusion.sampler import SamplerConfig
+from sb3_dppo.diffusion.settings import SamplerConfig
 from tests.diffusion.finite_differences import check_gradient_of_noise
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
@@ -109,6 +110,18 @@ def test_no_loop_over_envs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = DPPO("DiffusionMlpPolicy", env, n_steps=4, batch_size=8192, n_epochs=1, seed=0, device="cpu").learn(4 * 4096)
     assert model.num_timesteps == 4 * 4096 and model.ep_info_buffer is not None and len(model.ep_info_buffer) == 100
     assert isinstance(model._last_obs, np.ndarray)
+
+
+def test_a_stopped_rollout_goes_on_where_the_envs_are() -> None:
+    class Stop(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.n_calls < 10
+
+    env = TorchPendulum(3)
+    model = DPPO("DiffusionMlpPolicy", env, **SMALL).learn(96, callback=Stop())
+    obs = env._observe().numpy()
+    model.learn(96, reset_num_timesteps=False)
+    np.testing.assert_array_equal(model.rollout_buffer.observations[:3], obs)
 
 
 def test_infos_are_monitors() -> None:
