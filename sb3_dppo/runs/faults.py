@@ -93,7 +93,7 @@ class EnvGuard:
         watched: dict[str, Callable[..., Any]] = dict(reset=self.reset, step_wait=self.step_wait)
         self._reset, self._step_wait = self.venv.reset, self.venv.step_wait
         if hasattr(type(self.venv), "step_tensors"):
-            self._step_tensors = self.venv.step_tensors
+            self._step_tensors = self.venv.step_tensors  # type: ignore[attr-defined]
             watched["step_tensors"] = self.step_tensors
         self._before: dict[str, Any] = {name: own.get(name) for name in watched}
         own.update(watched)
