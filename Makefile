@@ -9,11 +9,13 @@ SOURCES := sb3_dppo hyperparams _sb3_dppo_autoload.py examples benchmarks tests
 install: $(VENV)/.installed
 
 # What is locked is checked against its hashes. The second step adds what is not: this project, PyTorch in the build that the
-# machine offers, and for Python 3.10 the packages that have left it behind. Python compiles files when it imports them.
+# machine offers, and for Python 3.10 the packages that have left it behind. Compiled on all
+# cores, which pip does on one; some packages have files that are for other versions of Python.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --require-hashes --no-deps --only-binary :all: --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 # After a change of constraints.txt: the hashes of all files of each version, so that the lock serves every Python and platform.

@@ -101,8 +101,7 @@ def run(name: str, vec_env_cls: type[VecEnv] = DummyVecEnv, n_threads: int = 1, 
     return digests(dict(parameters=parameters, logged=record.values, actions=actions, statistics=statistics))
 
 
-@pytest.mark.parametrize("n_threads", [1, 2])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name,n_threads", [*((name, 1) for name in MODELS), ("vector", 2), ("pre-trained", 2)])
 def test_same_seed_same_run(name: str, n_threads: int) -> None:
     first = run(name, n_threads=n_threads)
     for draw in (random.random, np.random.random, lambda: th.rand(1)):

@@ -67,8 +67,8 @@ def test_all_stop_when_one_does(tmp_path: Path) -> None:
     "scenario,message",
     [
         ("fail", "the simulator broke"),
-        ("different_envs", r"n_envs must be the same in all processes, not [1, 2]"),
-        ("vec_normalize", "VecNormalize in several processes"),
+        pytest.param("different_envs", r"n_envs must be the same in all processes, not [1, 2]", marks=pytest.mark.slow),
+        pytest.param("vec_normalize", "VecNormalize in several processes", marks=pytest.mark.slow),
     ],
 )
 def test_what_goes_wrong_in_one_ends_all(scenario: str, message: str, tmp_path: Path) -> None:

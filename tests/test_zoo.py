@@ -180,6 +180,12 @@ def test_explicit_door(tmp_path: Path) -> None:
     assert (tmp_path / "logs/dppo/Pendulum-v1_1").is_dir()
     usage = run("-m", "sb3_dppo.zoo", "walk", cwd=tmp_path, check=False)
     assert usage.returncode != 0 and "usage" in usage.stderr and all(name in usage.stderr for name in scripts())
+
+
+@pytest.mark.slow
+def test_explicit_door_of_videos(tmp_path: Path) -> None:
+    arguments = ("--algo", "dppo", "--env", "Pendulum-v1", "-n", "200", "--eval-freq", "-1", "-params", "n_steps:64", SMALL)
+    run("-m", "sb3_dppo.zoo", "train", *arguments, cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     # It starts record_video in processes of their own.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     record = ("record_training", "--algo", "dppo", "--env", "Pendulum-v1", "-f", "logs", "-n", "20", "-o", "videos")
