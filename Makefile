@@ -9,8 +9,8 @@ SOURCES := sb3_dppo hyperparams _sb3_dppo_autoload.py examples benchmarks tests
 install: $(VENV)/.installed
 
 # What is locked is checked against its hashes. The second step adds what is not: this project, PyTorch in the build that the
-# machine offers, and for Python 3.10 the packages that have left it behind. Compiled on all
-# cores, which pip does on one; some packages have files that are for other versions of Python.
+# machine offers, and for Python 3.10 the packages that have left it behind. The last one compiles on all cores, where pip would
+# use one; some packages have files for other versions of Python.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --require-hashes --no-deps --only-binary :all: --requirement requirements.lock
