@@ -112,7 +112,7 @@ def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str,
 
     agent = dict(denoising_steps=5, horizon=4)
     model = DPPO("DiffusionMlpPolicy", "Hopper-v5", policy_kwargs=agent, act_steps=4, seed=0)
-    for path in ("hopper", "pretrained", "checkpoints/rl_model_120000_steps"):
+    for path in ("pretrained", "checkpoints/rl_model_120000_steps"):
         model.save(tmp_path / path)
     model.save_pretrained("hopper-policy")
     th.save({"model": {name: th.as_tensor(value) for name, value in test_reference.weights().items()}}, "state_200.pt")

@@ -18,6 +18,7 @@ from sb3_dppo.zoo import HYPERPARAMS, convert_dppo_params, hyperparams_file, sam
 from tests.commands import run, run_forked
 
 SMALL = "policy_kwargs:dict(net_arch=dict(pi=[16],vf=[16]),denoising_steps=2,horizon=4)"
+SHORT_RUN = ("--algo", "dppo", "--env", "Pendulum-v1", "-n", "200", "--eval-freq", "-1", "-params", "n_steps:64", SMALL)
 
 
 def train(*arguments: str, cwd: Path) -> str:
@@ -173,10 +174,9 @@ def test_other_algorithms_still_work(tmp_path: Path) -> None:
 
 
 def test_explicit_door(tmp_path: Path) -> None:
-    arguments = ("--algo", "dppo", "--env", "Pendulum-v1", "-n", "200", "--eval-freq", "-1", "-params", "n_steps:64", SMALL)
-    closed = run("-m", "rl_zoo3.train", *arguments, cwd=tmp_path, check=False, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    closed = run("-m", "rl_zoo3.train", *SHORT_RUN, cwd=tmp_path, check=False, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert closed.returncode != 0 and "invalid choice: 'dppo'" in closed.stderr
-    run("-m", "sb3_dppo.zoo", "train", *arguments, cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    run("-m", "sb3_dppo.zoo", "train", *SHORT_RUN, cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert (tmp_path / "logs/dppo/Pendulum-v1_1").is_dir()
     usage = run("-m", "sb3_dppo.zoo", "walk", cwd=tmp_path, check=False)
     assert usage.returncode != 0 and "usage" in usage.stderr and all(name in usage.stderr for name in scripts())
@@ -184,8 +184,7 @@ def test_explicit_door(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_explicit_door_of_videos(tmp_path: Path) -> None:
-    arguments = ("--algo", "dppo", "--env", "Pendulum-v1", "-n", "200", "--eval-freq", "-1", "-params", "n_steps:64", SMALL)
-    run("-m", "sb3_dppo.zoo", "train", *arguments, cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    run("-m", "sb3_dppo.zoo", "train", *SHORT_RUN, cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     # It starts record_video in processes of their own.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     record = ("record_training", "--algo", "dppo", "--env", "Pendulum-v1", "-f", "logs", "-n", "20", "-o", "videos")
