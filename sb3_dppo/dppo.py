@@ -148,7 +148,7 @@ class DPPO(DecisionRollouts):
         learn_eta: str | None = None,
         eta_range: tuple[float, float] = (0.1, 1.0),
         learn_std: str | None = None,
-        std_range: tuple[float, float] = (0.05, 1.0),
+        std_range: tuple[float, float] = (0.1, 2.0),
         eta_learning_rate: float | str | Schedule = 1e-3,
         eta_update_interval: int = 1,
         ft_denoising_steps: int | None = None,

@@ -1,6 +1,5 @@
 """How a diffusion policy is sampled: settings, denoising chains, their log-probabilities, and η of DDIM, fixed or learned."""
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -14,7 +13,7 @@ from sb3_dppo.diffusion.constants import Constants
 from sb3_dppo.diffusion.denoisers import Denoiser, gather_rows
 from sb3_dppo.diffusion.noise import InwardClamp
 from sb3_dppo.diffusion.process import DenoisingChain, Process, gaussian_log_prob
-from sb3_dppo.diffusion.settings import MIN_LOGPROB_STD, SamplerConfig
+from sb3_dppo.diffusion.settings import SamplerConfig
 
 # Range of elementwise log-densities that enter a probability ratio (the reference implementation's).
 LOG_PROB_RANGE = (-5.0, 2.0)
@@ -327,10 +326,8 @@ class DiffusionSampler:
         """The learned floor of the std, differentiable; arguments and shape as of :meth:`floors`."""
         log_std, learn_std = self.networks.log_std, self.config.learn_std
         if learn_std is None:
-            std = log_std.exp()
-            return (
-                InwardClamp.apply(std, MIN_LOGPROB_STD, math.inf) if th.is_grad_enabled() else std.clamp(min=MIN_LOGPROB_STD)
-            )
+            std, bounds = log_std.exp(), self.config.std_range
+            return InwardClamp.apply(std, *bounds) if th.is_grad_enabled() else std.clamp(*bounds)
         start = log_std.exp().detach() if self.config.has_log_std else self.config.floors[1]
         network = self.networks.noise_network
         if learn_std == "action":

@@ -9,7 +9,7 @@ from sb3_dppo.diffusion.acceleration import COMPILE_OPTIONS, PRECISIONS
 from sb3_dppo.diffusion.noise import LEARNED
 from sb3_dppo.diffusion.process import Process
 
-# Of a floor that is learned or follows from another: nearly all densities stay within the sampler's LOG_PROB_RANGE.
+# Of a floor that follows from another: nearly all densities stay within the sampler's LOG_PROB_RANGE.
 MIN_LOGPROB_STD = 0.05
 
 ALTERNATIVES: dict[str, tuple[Any, ...]] = dict(
@@ -49,7 +49,7 @@ class SamplerConfig:
     :param eta_range: Bounds of a learned η
     :param learn_std: Learn the floor of the std, from its value on, one for each action dimension ("action") or as a function
         of observation and denoising step ("state", as in ReinFlow, Zhang et al. 2025); ``None``: see ``min_sampling_std``
-    :param std_range: Bounds of what ``learn_std`` learns
+    :param std_range: Bounds of a learned std. With too little noise a policy forgets what it no longer meets.
     :param ft_denoising_steps: K', the last denoising steps, which are fine-tuned. The others run the frozen pre-trained
         policy. ``None`` means all.
     :param min_sampling_std: Floor of each denoising step's std when exploring, in normalised action space [-1, 1]. ``None``:
@@ -74,7 +74,7 @@ class SamplerConfig:
     learn_eta: str | None = None
     eta_range: tuple[float, float] = (0.1, 1.0)
     learn_std: str | None = None
-    std_range: tuple[float, float] = (0.05, 1.0)
+    std_range: tuple[float, float] = (0.1, 2.0)
     ft_denoising_steps: int | None = None
     min_sampling_std: float | None = None
     min_logprob_std: float | None = None
