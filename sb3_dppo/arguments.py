@@ -201,10 +201,12 @@ def warn_about_training_arguments(model: Any) -> None:
                     f"{name}={getattr(model, name)} holds the policy to its base policy, which was never trained on "
                     f"demonstrations: pre-train it (BC), or set {name}=0."
                 )
-    floor = sampler.config.floors[1]
-    if floor is not None and floor < MIN_LOGPROB_STD:
+    config = sampler.config
+    learned = f"std_range={config.std_range}", config.std_range[0]
+    argument, floor = learned if config.learns_std else (f"min_logprob_std={config.floors[1]}", config.floors[1])
+    if floor < MIN_LOGPROB_STD:
         warn(
-            f"min_logprob_std={floor}: log-densities are clamped at 2, and most of a step that is so narrow would be above, "
+            f"{argument}: log-densities are clamped at 2, and most of a step that is so narrow would be above, "
             f"where it has no gradient: use at least {MIN_LOGPROB_STD}."
         )
     vec_normalize = model.get_vec_normalize_env()

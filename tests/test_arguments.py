@@ -236,3 +236,5 @@ def test_warnings_name_the_line_of_the_user() -> None:
 def test_a_floor_below_what_densities_may_be() -> None:
     with pytest.warns(UserWarning, match="min_logprob_std=0.02: log-densities are clamped"):
         make_model(min_sampling_std=0.02, min_logprob_std=0.02).learn(16)
+    with pytest.warns(UserWarning, match=r"std_range=\(0.02, 1.0\): log-densities are clamped"):
+        make_model(learn_std="action", std_range=(0.02, 1.0)).learn(16)
