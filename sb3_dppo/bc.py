@@ -11,6 +11,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
+from gymnasium.envs.registration import parse_env_id
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.preprocessing import is_image_space
@@ -18,7 +19,7 @@ from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, unwrap_vec_wrapper
 from tqdm.rich import tqdm
 
-from sb3_dppo.demonstrations.demonstrations import Demonstrations
+from sb3_dppo.demonstrations.demonstrations import Demonstrations, are_constant
 from sb3_dppo.demonstrations.loading import SOURCES, add_source_options, load_demonstrations, load_from_options
 from sb3_dppo.demonstrations.matching import check_actions, match_observations
 from sb3_dppo.dppo import DPPO
@@ -36,7 +37,7 @@ class BC:
 
     :param model: The model whose policy to train.
     :param demonstrations: What to imitate: demonstrations, or what :func:`~sb3_dppo.load_demonstrations` takes.
-    :param batch_size: Chunks in a minibatch.
+    :param batch_size: Chunks in a minibatch, about: an epoch is split into nearly equal ones.
     :param learning_rate: Learning rate at the beginning; it goes to zero along a cosine.
     :param weight_decay: AdamW's weight decay.
     :param ema_decay: Decay of the EMA, which is also warmed up: min(ema_decay, (1 + t) / (10 + t)) at its update t.
@@ -51,7 +52,7 @@ class BC:
     def __init__(
         self,
         model: DPPO,
-        demonstrations: Demonstrations | str | Path,
+        demonstrations: Any,
         *,
         batch_size: int = 128,
         learning_rate: float = 1e-3,
@@ -89,15 +90,26 @@ class BC:
         self.first_action = model.policy.sampler.first_action
         self.episode_starts = np.repeat(demonstrations.starts, demonstrations.traj_lengths)
         # The transition at which each chunk's first executed action is.
-        self.first = demonstrations.chunk_starts(model.policy.horizon - self.first_action)
+        length = model.policy.horizon - self.first_action
+        self.first = demonstrations.chunk_starts(length)
+        short = demonstrations.traj_lengths[demonstrations.traj_lengths < length]
+        if len(short) > 0:
+            warnings.warn(
+                f"{len(short)} of {demonstrations.n_episodes} episodes ({short.sum()} transitions) are left out: they are "
+                f"shorter than a chunk of {length} actions (horizon={model.policy.horizon}).",
+                stacklevel=2,
+            )
 
     def _check_env_id(self) -> None:
         env_id, env = self.demonstrations.env_id, self.model.get_env()
         spec = None if env is None or not has_attr(env, "spec") else env.get_attr("spec", 0)[0]
         if env_id is None or spec is None or spec.id == env_id:
             return
-        if spec.id.rpartition("-v")[0] != env_id.rpartition("-v")[0]:
-            raise ValueError(f"demonstrations are of {env_id}, but the model's env is {spec.id}.")
+        if _without_version(spec.id) != _without_version(env_id):
+            raise ValueError(
+                f"demonstrations are of {env_id}, but the model's env is {spec.id}. If they fit all the same: "
+                "dataclasses.replace(demonstrations, env_id=None)."
+            )
         warnings.warn(f"The demonstrations are of {env_id}, another version of the model's env {spec.id}.", stacklevel=3)
 
     def _set_normalization(self) -> None:
@@ -110,8 +122,17 @@ class BC:
                 stacklevel=3,
             )
         actions = self.demonstrations.actions
+        low, high = actions.min(axis=0), actions.max(axis=0)
+        constant = np.flatnonzero(are_constant(low, high)).tolist()
+        if constant:
+            warnings.warn(
+                f"Actions {constant} (from 0) never change in the demonstrations: the policy will keep them where they are, "
+                "in fine-tuning, too.",
+                stacklevel=3,
+            )
+        obs_low, obs_high = self._extreme(np.min), self._extreme(np.max)
         self.model.policy.normalizer.set_ranges(
-            self._extreme(np.min), self._extreme(np.max), actions.min(axis=0), actions.max(axis=0)
+            obs_low, np.where(are_constant(obs_low, obs_high), obs_low, obs_high), low, high
         )
 
     def _extreme(self, extreme: Callable[..., np.ndarray]) -> np.ndarray:
@@ -140,7 +161,7 @@ class BC:
 
         :param n_epochs: Passes over the demonstrations.
         :param progress_bar: Display a progress bar.
-        :param log_interval: Epochs between two logs.
+        :param log_interval: Epochs between two logs; there is one after every evaluation and after the last epoch, too.
         :return: The model.
         """
         from diffusers.optimization import get_scheduler
@@ -179,9 +200,10 @@ class BC:
                     bar.update()
                     if step % self.ema_update_every == 0 or step == n_steps:
                         ema.step(parameters)
-                if self.eval_env is not None and (epoch % self.eval_freq == 0 or epoch == n_epochs):
+                evaluates = self.eval_env is not None and (epoch % self.eval_freq == 0 or epoch == n_epochs)
+                if evaluates:
                     self._evaluate(ema, parameters, logger)
-                if epoch % log_interval == 0:
+                if evaluates or epoch % log_interval == 0 or epoch == n_epochs:
                     logger.record("bc/epoch", epoch)
                     logger.record("bc/loss", th.stack(losses).mean().item())
                     logger.record("bc/learning_rate", lr_scheduler.get_last_lr()[0])
@@ -219,6 +241,13 @@ class BC:
         return configure_logger(self.model.verbose, self.model.tensorboard_log, "BC")
 
 
+def _without_version(env_id: str) -> Any:
+    try:
+        return parse_env_id(env_id)[:2]
+    except gym.error.Error:  # a file may hold anything
+        return env_id
+
+
 def main() -> None:
     """
     The command line: pre-train a policy and save it, as ``rl_zoo3.train --algo dppo -i`` takes it.
@@ -253,9 +282,27 @@ def main() -> None:
 
     try:
         demonstrations = load_from_options(args.demos, args)
-    except (ValueError, ImportError) as error:
+        print(demonstrations.summary)
+        bc = _behaviour_cloning(demonstrations, args)
+    except (ValueError, TypeError, ImportError, gym.error.Error) as error:
         parser.error(str(error))
-    print(demonstrations.summary)
+    try:
+        bc.train(args.epochs, log_interval=max(1, args.epochs // 5))
+    except KeyboardInterrupt:
+        print("Interrupted: saving what was learned so far")
+    model = bc.model
+    model.save(output)
+    print(f"Saved {output}")
+    if args.eval_episodes > 0:
+        assert model.env is not None
+        # Other seeds than training: the env's generator goes on from an unrelated one.
+        model.env.seed(10_000 + (args.seed or 0))
+        mean, std = evaluate_policy(model, model.env, args.eval_episodes)
+        print(f"Mean reward: {mean:.2f} +/- {std:.2f} over {args.eval_episodes} episodes")
+
+
+def _behaviour_cloning(demonstrations: Demonstrations, args: argparse.Namespace) -> BC:
+    """What the arguments of the command line ask for."""
     policy_kwargs: dict[str, Any] = dict(PAPER_POLICY_KWARGS)
     if args.policy in ("DiffusionUnetPolicy", "DiffusionTransformerPolicy"):
         del policy_kwargs["net_arch"]  # widths of an MLP
@@ -272,30 +319,21 @@ def main() -> None:
         tensorboard_log=args.tensorboard_log,
         **_parse(args.hyperparams),
     )
-    try:
-        BC(model, demonstrations, batch_size=args.batch_size, learning_rate=args.learning_rate).train(
-            args.epochs, log_interval=max(1, args.epochs // 5)
-        )
-    except KeyboardInterrupt:
-        print("Interrupted: saving what was learned so far")
-    model.save(output)
-    print(f"Saved {output}")
-    if args.eval_episodes > 0:
-        assert model.env is not None
-        # Other seeds than training: the env's generator goes on from an unrelated one.
-        model.env.seed(10_000 + (args.seed or 0))
-        mean, std = evaluate_policy(model, model.env, args.eval_episodes)
-        print(f"Mean reward: {mean:.2f} +/- {std:.2f} over {args.eval_episodes} episodes")
+    return BC(model, demonstrations, batch_size=args.batch_size, learning_rate=args.learning_rate)
 
 
 def _parse(items: list[str]) -> dict[str, Any]:
     """What "key:value" strings mean: values are Python literals, plain words or for classes their names."""
     parsed: dict[str, Any] = {}
     for item in items:
-        key, _, value = item.partition(":")
+        key, colon, value = item.partition(":")
+        if not colon:
+            raise ValueError(f"{item!r} must be KEY:VALUE.")
         try:
             parsed[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
+            if any(bracket in value for bracket in "([{"):
+                raise ValueError(f"{item!r}: the value must be a Python literal, such as {{'pi': [64, 64]}}.") from None
             parsed[key] = getattr(th.nn, value, value) if key.endswith("activation_fn") else value
             if key == "features_extractor_class":
                 parsed[key] = EXTRACTORS.get(value) or locate(value)

@@ -1,9 +1,11 @@
 """Pre-training."""
 
+import csv
 import gc
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
-from sb3_dppo import BC, DPPO, Demonstrations, collect_demonstrations, load_demonstrations
+from sb3_dppo import BC, DPPO, Demonstrations, bc, collect_demonstrations, load_demonstrations
 from sb3_dppo.demonstrations.__main__ import describe
 from sb3_dppo.features.extractors import VitExtractor
 from tests.demonstrations.files import (
@@ -386,3 +388,62 @@ def test_imitates_what_only_the_image_tells() -> None:
     )
     predicted = model.predict(images, deterministic=True)[0]
     assert np.abs(predicted - actions).mean() < 0.2
+
+
+def test_a_column_that_hardly_changes_is_constant() -> None:
+    demonstrations = make_demonstrations()
+    demonstrations.observations[0, -1] += 1e-6  # type: ignore[index]
+    model = make_model()
+    BC(model, demonstrations).train(1, progress_bar=False)
+    assert model.policy.normalizer.obs_scale[-1] == 0 and (model.policy.normalizer.obs_scale[:2] > 0).all()
+
+
+def test_warns_of_what_is_left_out() -> None:
+    demonstrations = make_demonstrations()
+    short = Demonstrations(demonstrations.observations, demonstrations.actions, np.array([3, 2, 295]))
+    with pytest.warns(UserWarning, match=r"2 of 3 episodes \(5 transitions\) are left out: .* of 4 actions"):
+        BC(make_model(), short)
+    demonstrations.actions[:] = 0.5
+    with pytest.warns(UserWarning, match=r"Actions \[0\] \(from 0\) never change"):
+        BC(make_model(), demonstrations).train(1, progress_bar=False)
+
+
+def test_every_evaluation_and_the_last_epoch_are_logged(tmp_path: Path) -> None:
+    model = make_model()
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    env = make_vec_env("Pendulum-v1")
+    BC(model, make_demonstrations(), eval_env=env, n_eval_episodes=1, eval_freq=2).train(5, False, log_interval=3)
+    rows = list(csv.DictReader((tmp_path / "progress.csv").open()))
+    assert [(row["bc/epoch"], row["eval/mean_reward"] != "") for row in rows] == [
+        ("2", True),
+        ("3", False),
+        ("4", True),
+        ("5", True),
+    ]
+
+
+def test_ids_without_a_version_and_other_namespaces() -> None:
+    demonstrations = make_demonstrations()
+    for env_id in ("DoorOpen", "my/Pendulum-v1", "no id at all!"):
+        with pytest.raises(ValueError, match=r"are of .*, but .* is Pendulum-v1\. If they fit all the same"):
+            BC(make_model(), replace(demonstrations, env_id=env_id))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policy-kwargs", "horizon"], "'horizon' must be KEY:VALUE"),
+        (["--policy-kwargs", "net_arch:dict(pi=[8])"], "the value must be a Python literal, such as {'pi': [64, 64]}"),
+        (["--env", "Pendulum-v1"], "they are of another env"),
+        (["--env", "NoSuchEnv-v0"], "NoSuchEnv"),
+        (["-params", "n_steps:0"], "n_steps"),
+    ],
+)
+def test_errors_of_the_command_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    command = ["bc", "--env", "Hopper-v5", "--demos", "hopper-medium", "-o", str(tmp_path / "a.zip"), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="2"):
+        bc.main()
+    assert message in capsys.readouterr().err

@@ -8,8 +8,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from sb3_dppo.demonstrations.collecting import Predict, collect_demonstrations
-from sb3_dppo.demonstrations.demonstrations import Demonstrations, check_output
+from sb3_dppo.demonstrations.collecting import EpisodeError, Predict, collect_demonstrations
+from sb3_dppo.demonstrations.demonstrations import Demonstrations, are_constant, check_output
 from sb3_dppo.demonstrations.loading import SOURCES, add_source_options, load_from_options
 from sb3_dppo.demonstrations.rows import is_image, rows_at_once
 from sb3_dppo.features.observations import part_name
@@ -43,7 +43,7 @@ def describe(demonstrations: Demonstrations) -> str:
         low, high = values.min(axis=0), values.max(axis=0)
         lines.append(f"{name}, {values.shape[1]} columns (min, max)")
         lines += [f"  {i:4d}  {low[i]:12.5g}  {high[i]:12.5g}" for i in range(values.shape[1])]
-        constant += [f"{name}[{i}]" for i in np.flatnonzero(low == high)]
+        constant += [f"{name}[{i}]" for i in np.flatnonzero(are_constant(low, high))]
     lines.append(f"constant      {', '.join(constant) or 'none'}")
     return "\n".join(lines)
 
@@ -152,7 +152,14 @@ def main() -> None:
         return
     if args.command == "collect":
         # Not in the try: an error of the policy's own comes with its traceback.
-        demonstrations = collect_demonstrations(env, predict, args.n_episodes, args.seed, successes_only=args.successes_only)
+        try:
+            demonstrations = collect_demonstrations(
+                env, predict, args.n_episodes, args.seed, successes_only=args.successes_only
+            )
+        except EpisodeError as error:
+            error.demonstrations.save(args.output)
+            print(f"Saved the complete episodes to {args.output}: {error.demonstrations.summary}")
+            raise
         env.close()
     demonstrations.save(args.output)
     print(f"Saved {args.output}: {demonstrations.summary}")

@@ -16,6 +16,19 @@ from sb3_dppo.demonstrations.episodes import Episodes, check_recordable
 Predict = Callable[[Any, Any, np.ndarray], tuple[np.ndarray, Any]]
 
 
+class EpisodeError(RuntimeError):
+    """
+    An episode failed after others were complete; its cause is ``__cause__``.
+
+    :param message: What happened.
+    :param demonstrations: The complete episodes.
+    """
+
+    def __init__(self, message: str, demonstrations: Demonstrations) -> None:
+        super().__init__(message)
+        self.demonstrations = demonstrations
+
+
 def collect_demonstrations(
     env: gym.Env,
     predict: Predict,
@@ -25,7 +38,7 @@ def collect_demonstrations(
     successes_only: bool = False,
 ) -> Demonstrations:
     """
-    Record episodes of a policy. An interruption (Ctrl+C) keeps the episodes that are complete.
+    Record episodes of a policy. An interruption (Ctrl+C) keeps the episodes that are complete, and so does an error.
 
     :param env: The env, whose own observations are recorded, images as they are: with a ``Box`` of actions and observations
         of numbers, or a ``Dict`` of such ones.
@@ -36,8 +49,9 @@ def collect_demonstrations(
     :param progress_bar: Display a progress bar.
     :param successes_only: Keep an episode only if its last ``info["is_success"]`` is true, however many others it takes.
     :return: The demonstrations.
-    :raises ValueError: for an env with other spaces, actions of another shape, or ``successes_only`` where ``info`` has no
-        ``is_success``.
+    :raises ValueError: for an env with other spaces, actions of another shape, values that are not finite, or
+        ``successes_only`` where ``info`` has no ``is_success``.
+    :raises EpisodeError: for any error after the first episode, with the complete ones.
     """
     if n_episodes < 1:
         raise ValueError(f"n_episodes={n_episodes} must be at least 1.")
@@ -60,8 +74,17 @@ def collect_demonstrations(
         if not returns:
             raise
         print(f"Interrupted: keeping {len(returns)} complete episodes", file=sys.stderr)
+    except Exception as error:
+        if not returns:
+            raise
+        complete = _put_together(episodes, env)
+        raise EpisodeError(f"episode {n_played + 1} failed: {error} ({len(returns)} are complete)", complete) from error
     finally:
         bar.close()
+    return _put_together(episodes, env)
+
+
+def _put_together(episodes: Episodes, env: gym.Env) -> Demonstrations:
     return Demonstrations(
         observations=episodes.observations(),
         traj_lengths=np.array(episodes.lengths),
@@ -100,4 +123,8 @@ def _record_episode(env: gym.Env, predict: Predict, seed: int | None) -> tuple[d
         for name, value in row.items():
             rows.setdefault(name, []).append(value)
         done = terminated or truncated
-    return {name: np.array(values) for name, values in rows.items()}, info
+    columns = {name: np.array(values) for name, values in rows.items()}
+    for name, values in columns.items():
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError(f"{name.rstrip('/')} of an episode are NaN or infinite (seed {seed}).")
+    return columns, info

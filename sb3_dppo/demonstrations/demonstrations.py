@@ -1,5 +1,6 @@
 """Demonstrations: episodes of observations and actions, in the units of the env."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ class Demonstrations:
         are bytes (``uint8``), channels first or last, and may be memory-mapped or
         :class:`~sb3_dppo.demonstrations.rows.EpisodeRows`, so that only the rows in use are read.
     :param actions: Shape (N, Da).
-    :param traj_lengths: Transitions of each episode, shape (E,), adding up to N.
+    :param traj_lengths: Transitions of each episode, whole numbers, shape (E,), adding up to N.
     :param rewards: Shape (N,), or ``None`` where they are not known.
     :param terminals: Whether a transition ended in a terminal state, shape (N,), or ``None``.
     :param env_id: Id of the env that they come from, or ``None``.
@@ -39,11 +40,14 @@ class Demonstrations:
     def __post_init__(self) -> None:
         if not self.parts:
             raise ValueError("observations is an empty dictionary: there must be at least one key.")
+        lengths = np.asarray(self.traj_lengths)
+        if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 1).any():
+            raise ValueError(f"traj_lengths must be positive integers, one per episode, not {self.traj_lengths!r}.")
         n = 0
         rows_of: dict[str, Rows] = {**{part_name(key): rows for key, rows in self.parts.items()}, **self.columns}
         for name, rows in rows_of.items():
-            is_matrix = name not in ("rewards", "terminals", "truncations")
-            fits = rows.ndim == 2 if name == "actions" else rows.ndim >= 1 + is_matrix
+            is_matrix = name == "actions" or name not in self.columns
+            fits = rows.ndim >= 2 if name not in self.columns else rows.ndim == 1 + is_matrix
             if rows.dtype.kind not in "fiub" or not fits or len(rows) == 0:
                 wanted = "shape (transitions, size)" if is_matrix else "one per transition"
                 raise ValueError(f"{name} must be numbers, {wanted}, not {rows.dtype} of shape {rows.shape}.")
@@ -53,12 +57,11 @@ class Demonstrations:
                 raise ValueError(f"{name} has {len(rows)} rows, but {first} has {n}: there must be one per transition.")
             if rows.dtype.kind == "f" and not (finite := np.isfinite(np.asarray(rows)).reshape(n, -1).all(axis=1)).all():
                 raise ValueError(f"{name} is NaN or infinite in transition {int(finite.argmin())}: remove its episode.")
-        lengths = self.traj_lengths
-        if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 1).any():
-            raise ValueError(f"traj_lengths must be positive integers, one per episode, not {lengths!r}.")
         # One beyond n could make their sum overflow.
         if lengths.max(initial=0) > n or lengths.sum() != n:
             raise ValueError(f"traj_lengths adds up to {lengths.sum()} transitions, but observations has {n}.")
+        # Signed, so that differences may be negative.
+        object.__setattr__(self, "traj_lengths", lengths.astype(np.int64))
 
     def __len__(self) -> int:
         return batch_size_of(self.observations)
@@ -128,7 +131,7 @@ class Demonstrations:
         if str(path).startswith("minari:"):
             write_minari(str(path).removeprefix("minari:"), *known)
         else:
-            write_npz(Path(path), *known)
+            write_npz(Path(path).expanduser(), *known)
 
     def chunk_starts(self, horizon: int) -> np.ndarray:
         """
@@ -171,9 +174,22 @@ def stacking_axis(rows: Rows) -> int:
     return 1 if is_image(rows) and np.argmin(rows.shape[1:]) == 0 else -1
 
 
+def are_constant(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """
+    :param low: Least values of some columns.
+    :param high: Largest values.
+    :return: Which columns hold the same number throughout, but for rounding and the noise of a solver, shape as of these.
+    """
+    return high - low <= 1e-6 + 1e-5 * np.maximum(np.abs(low), np.abs(high))
+
+
 def check_output(path: str | Path) -> None:
     """Refuse a path that demonstrations can't be written to, before the work of making them."""
     if str(path).startswith("minari:"):
         check_new_minari_id(str(path))
     elif Path(path).suffix != ".npz":
         raise ValueError(f"path={str(path)!r} must end in .npz, or be 'minari:' and the id of a dataset.")
+    elif (file := Path(path).expanduser().absolute()).is_dir():
+        raise ValueError(f"path={str(path)!r} is a folder.")
+    elif not os.access(folder := next(parent for parent in file.parents if parent.exists()), os.W_OK) or not folder.is_dir():
+        raise ValueError(f"path={str(path)!r}: nothing can be written in {folder}.")

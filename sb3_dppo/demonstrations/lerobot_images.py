@@ -50,6 +50,8 @@ def _decode(value: Any, shape: tuple[int, ...]) -> np.ndarray:
 
     with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
         _check_size(image.width, image.height, shape)
+        if image.mode[0] in "IF":
+            raise ValueError(f"an image has more than 8 bits per channel (mode {image.mode}), as those of depth have")
         return np.ascontiguousarray(np.asarray(image.convert(CHANNELS[shape[2]][0])).reshape(shape))
 
 

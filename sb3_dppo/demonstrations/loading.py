@@ -16,7 +16,10 @@ from sb3_dppo.demonstrations.trajectories import from_trajectories
 if TYPE_CHECKING:
     from minari import MinariDataset
 
-SOURCES = "bundled set (hopper-medium), .npz file, robomimic file (.hdf5), LeRobot folder, or minari:ID of a Minari dataset"
+SOURCES = (
+    f"bundled set ({', '.join(bundled_demonstrations())}), .npz file, robomimic file (.hdf5), LeRobot folder, or minari:ID of "
+    "a Minari dataset"
+)
 
 
 def load_demonstrations(
@@ -55,7 +58,7 @@ def load_demonstrations(
     :raises ImportError: if the package that reads it is not installed.
     :raises TypeError: for a source that is none of these.
     """
-    path = Path(source) if isinstance(source, (str, Path)) else Path()
+    path = Path(source).expanduser() if isinstance(source, (str, Path)) else Path()
     for name, value, suffixes, what in (
         ("normalization", normalization, (".npz",), "normalised .npz files"),
         ("filter_key", filter_key, (".hdf5", ".h5"), "robomimic files"),
@@ -111,5 +114,8 @@ def load_from_options(source: str, args: argparse.Namespace) -> Demonstrations:
     if obs_keys is not None and any(":" in item for item in obs_keys):
         if not all(":" in item for item in obs_keys):
             raise ValueError(f"obs-keys={obs_keys} must be names only, or KEY:NAME for every key of a Dict.")
+        keys = [item.partition(":")[0] for item in obs_keys]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"obs-keys={obs_keys} names a key twice: write KEY:NAME,NAME.")
         obs_keys = {key: names.split(",") for key, _, names in (item.partition(":") for item in obs_keys)}
     return load_demonstrations(source, args.normalization, obs_keys=obs_keys, filter_key=args.filter_key)

@@ -1,5 +1,6 @@
 """Minari datasets, read and written."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,6 +72,10 @@ def write_minari(
         key: spaces.Box(0, 255, rows.shape[1:], np.uint8) if is_image(rows) else spaces.Box(-np.inf, np.inf, rows.shape[1:])
         for key, rows in parts.items()
     }
+    if env_id is not None and env_id not in gym.registry:
+        warnings.warn(
+            f"{name} won't say that it is of {env_id}, which is not registered: import its package.", stacklevel=4
+        )
     n = len(columns["actions"])
     known: dict[str, np.ndarray] = dict(rewards=np.zeros(n), terminals=np.zeros(n), truncations=np.zeros(n)) | dict(columns)
     dataset, ends = None, np.cumsum(traj_lengths)

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sb3_dppo.demonstrations.rows import MAX_COMPRESSION, PIECE, Rows, TemporaryImages, is_image, rows_at_once
-from sb3_dppo.demonstrations.selection import Selection, select
+from sb3_dppo.demonstrations.selection import Selection, as_part, select
 from sb3_dppo.runs.files import atomic_write
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -32,11 +32,11 @@ def from_npz(path: Path, normalization: str | Path | None, selection: Selection 
         raise ValueError(f"{path} lacks observations, as states, images or obs/KEY; it holds {sorted(arrays)}.")
     for name in (*names, "actions"):
         values = arrays[name]
-        wanted = "bytes (uint8), three dimensions each" if name == "images" else "numbers of the shape (transitions, size)"
-        if not (is_image(values) if name == "images" else values.dtype.kind in "fiu" and values.ndim > 1):
+        wanted = "bytes (uint8), three dimensions each" if name == "images" else "numbers, one row per transition"
+        if not (is_image(values) if name == "images" else values.dtype.kind in "fiub" and values.ndim > 0):
             raise ValueError(f"{path}: {name} must be {wanted}, not {values.dtype} of shape {values.shape}.")
         if not is_image(values):
-            arrays[name] = values.astype(np.float32)
+            arrays[name] = as_part(values)
     try:
         meta = json.loads(str(arrays.get("meta", "{}")))
         env_id, units = meta.get("env_id"), meta.get("units")
@@ -61,6 +61,11 @@ def _unnormalize(path: Path, arrays: dict[str, np.ndarray], normalization: str |
     """Bring the reference implementation's states and actions into the env's units, with the ranges given or beside it."""
     keys = {name: key for name, key in (("obs", "states"), ("action", "actions")) if key in arrays}
     beside = path.parent / "normalization.npz"
+    others = sorted(name for name in arrays if name.startswith("obs/"))
+    if others and normalization is not None:
+        raise ValueError(f"normalization={str(normalization)!r} has ranges of states, but {path} holds {others}.")
+    if others:
+        return
     if normalization is None:
         inside = max(np.abs(arrays[key]).max(initial=0) for key in keys.values()) <= 1 + 1e-4
         if not inside or not beside.is_file() or path.name == beside.name:
@@ -154,4 +159,5 @@ def write_npz(
                 header = dict(descr=np.lib.format.dtype_to_descr(rows.dtype), fortran_order=False, shape=rows.shape)
                 np.lib.format.write_array_header_2_0(member, header)
                 for start in range(0, len(rows), step := rows_at_once(rows)):
-                    member.write(rows[np.arange(start, min(start + step, len(rows)))].data)
+                    images = rows[np.arange(start, min(start + step, len(rows)))]
+                    member.write(np.ascontiguousarray(images).data)

@@ -23,7 +23,8 @@ def merged_policy_kwargs(inferred: Mapping[str, Any], given: Mapping[str, Any]) 
     merged = {**PAPER_POLICY_KWARGS, **given, **inferred}
     for name, value in inferred.items():
         if name in IN_PARTS:
-            said = dict(given.get(name) or {})
+            said = given.get(name) or {}
+            said = dict(pi=said, vf=said) if isinstance(said, (list, tuple)) else dict(said)
             for part, known in value.items():
                 if part in said and not _same(said[part], known):
                     raise ValueError(f"policy_kwargs[{name!r}][{part!r}] contradicts the checkpoint, which has {known}.")

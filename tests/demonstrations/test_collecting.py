@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_dppo import BC, DPPO, collect_demonstrations, load_demonstrations
 from sb3_dppo.demonstrations.__main__ import describe
+from sb3_dppo.demonstrations.collecting import EpisodeError
 from tests.demonstrations.files import VIT, make_image_model
 from tests.features.test_observations import PixelPendulum
 from tests.toy_envs import CountingEnv
@@ -129,3 +130,23 @@ def test_collect_clone_and_fine_tune(case: str, tmp_path: Path, monkeypatch: pyt
     obs = {key: rows[np.arange(3)] for key, rows in demonstrations.parts.items()}
     actions = [m.predict(obs if as_dict else obs[""], deterministic=True)[0] for m in (model, loaded)]
     np.testing.assert_array_equal(*actions)
+
+
+def test_an_error_keeps_complete_episodes() -> None:
+    class Breaks(CountingEnv):
+        """In its third episode, an observation is not finite."""
+
+        n_episodes = 0
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            self.n_episodes += 1
+            return super().reset(seed=seed, options=options)
+
+        def step(self, action: np.ndarray) -> Any:
+            obs, *rest = super().step(action)
+            return obs * (np.nan if self.n_episodes == 3 else 1), *rest
+
+    with pytest.raises(EpisodeError, match=r"episode 3 failed: obs of an episode are NaN or infinite \(seed 9\)") as caught:
+        collect_demonstrations(Breaks(3), lambda *_: (np.zeros(2), None), 5, seed=7, progress_bar=False)
+    assert caught.value.demonstrations.traj_lengths.tolist() == [3, 3]
+    assert isinstance(caught.value.__cause__, ValueError)

@@ -1,12 +1,13 @@
 """The class of demonstrations."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sb3_dppo import Demonstrations, load_demonstrations
-from tests.demonstrations.files import arrays
+from tests.demonstrations.files import ACTIONS, LENGTHS, STATES, N, arrays
 
 
 def test_chunks_stay_inside_episodes(tmp_path: Path) -> None:
@@ -43,3 +44,16 @@ def test_prints_in_one_line() -> None:
         "Demonstrations(unknown env, 2 episodes, 4 transitions, observations['rgb'] (4, 8, 8, 3) uint8, "
         "observations['state'] (4, 2) float64, actions (4, 1))"
     )
+
+
+@pytest.mark.parametrize("lengths", [[5, 4, 3], np.array([5, 4, 3], np.uint8), np.array([5, 4, 3], np.uint64)])
+def test_lengths_of_every_kind(lengths: Any) -> None:
+    demonstrations = Demonstrations(STATES, ACTIONS, lengths, rewards=np.ones(N))
+    assert demonstrations.traj_lengths.dtype == np.int64
+    assert demonstrations.returns.tolist() == [5, 4, 3] and demonstrations.starts.tolist() == [0, 5, 9]  # type: ignore[union-attr]
+    assert demonstrations.chunk_starts(4).tolist() == [0, 1, 5]
+
+
+def test_rewards_are_one_per_transition() -> None:
+    with pytest.raises(ValueError, match=r"rewards must be numbers, one per transition, not float64 of shape \(12, 1\)"):
+        Demonstrations(STATES, ACTIONS, LENGTHS, rewards=np.ones((N, 1)))

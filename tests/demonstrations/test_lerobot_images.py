@@ -122,6 +122,10 @@ def spoil_png(folder: Path, image: Any) -> None:
         (dict(bytes=b"\x89PNG\r\n", path=None), "cannot identify"),
         (dict(bytes=as_png(np.zeros((24, 16, 3), np.uint8)), path=None), "24 × 16 pixels, not 12 × 16"),
         (dict(bytes=as_png(RNG.integers(0, 256, (12, 16, 3), dtype=np.uint8))[:200], path=None), "truncated|file-000"),
+        (
+            dict(bytes=as_png(np.full((12, 16), 1000, np.uint16)), path=None),
+            "more than 8 bits per channel .*as those of depth",
+        ),
     ],
 )
 def test_damaged_images(tmp_path: Path, image: Any, message: str) -> None:

@@ -18,6 +18,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_dppo import DPPO, bc, load_demonstrations
 from sb3_dppo.demonstrations.__main__ import main
+from sb3_dppo.demonstrations.collecting import EpisodeError
 from sb3_dppo.features.extractors import VitExtractor
 from tests.demonstrations.files import lerobot_frames, write_lerobot, write_robomimic
 
@@ -37,6 +38,10 @@ def wrong(obs):
 
 def broken(obs):
     raise ValueError("of the policy's own")
+
+def breaks_later(obs, calls=[0]):
+    calls[0] += 1
+    return [0.0] if calls[0] <= 250 else [np.nan, 0.0]
 """
 
 
@@ -155,6 +160,10 @@ def test_collect_from_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         call(monkeypatch, *collect, "my_policy:wrong")
     with pytest.raises(ValueError, match="of the policy's own"):
         call(monkeypatch, *collect, "my_policy:broken")
+    collect[collect.index(1)] = 3
+    with pytest.raises(EpisodeError, match=r"episode 2 failed: .* has the shape \(2,\).* \(1 are complete\)"):
+        call(monkeypatch, *collect, "my_policy:breaks_later")
+    assert load_demonstrations(tmp_path / "d.npz").traj_lengths.tolist() == [200]
 
 
 def test_collect_with_vec_normalize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +191,8 @@ def test_collect_with_vec_normalize(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             r"names \['a'\], but .*hopper-medium.npz has the observations \['states'\]",
         ),
         ("convert hopper-medium d.hdf5", "path='d.hdf5' must end in .npz"),
+        ("convert hopper-medium /proc/version/d.npz", "path='/proc/version/d.npz': nothing can be written in /proc/version"),
+        ("inspect hopper-medium --obs-keys s:states s:states", "names a key twice: write KEY:NAME,NAME"),
         ("convert hopper-medium d.npz --max-episodes 0", "n_episodes=0 must be at least 1"),
         ("collect --env Nope-v0 --policy m:f --n-episodes 1 -o d.npz", "env='Nope-v0' can't be made"),
         ("collect --env Pendulum-v1 --policy none.such:f --n-episodes 1 -o d.npz", "No module named 'none'"),

@@ -133,3 +133,11 @@ def test_observations_that_are_no_arrays(tmp_path: Path, monkeypatch: pytest.Mon
     minari.create_dataset_from_buffers("test/tuple-v0", [episode], **kwargs)
     with pytest.raises(ValueError, match="the Minari dataset's observations are Tuple.*or make it a Dict"):
         load_demonstrations("test/tuple-v0")
+
+
+def test_an_env_that_is_not_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    with pytest.warns(UserWarning, match="tests/own-v0 won't say that it is of NoSuchEnv-v0, which is not registered"):
+        Demonstrations(STATES, ACTIONS, LENGTHS, env_id="NoSuchEnv-v0").save("minari:tests/own-v0")
+    assert load_demonstrations("minari:tests/own-v0").env_id is None

@@ -69,6 +69,7 @@ def test_errors(tmp_path: Path) -> None:
     th.save([1, 2], tmp_path / "list.pt")
     load(tmp_path / "list.pt", "holds a list")
     load({}, "not one of a diffusion policy")
+    load(weights(), r"\['net_arch'\]\['pi'\] contradicts", policy_kwargs=dict(net_arch=[8]))
     load({"network.down_modules.0.weight": th.zeros(3)}, "is a UNet's, but lacks a tensor")
     load(weights(), "contradicts the checkpoint", policy_kwargs=dict(residual=False))
     load(weights(), "does not fit the spaces", env_or_spaces=(spaces.Box(-1, 1, (5,)), SPACES[1]))
