@@ -76,8 +76,8 @@ def tables(study: Study, frame: pd.DataFrame) -> dict[str, list[list[str]]]:
                 [
                     name,
                     str(len(group)),
-                    spread(group["last"]),
-                    spread(group["best"]) if trained else MISSING,
+                    mean_and_std(group["last"]),
+                    mean_and_std(group["best"]) if trained else MISSING,
                     number(gains.get(name, np.nan)) if trained else MISSING,
                     number(gains.get(name, np.nan) / scale, 2) if trained else MISSING,
                     number(group["cpu_seconds"].mean() / 60) if trained else MISSING,
@@ -92,7 +92,7 @@ def number(value: Any, digits: int = 1) -> str:
     return f"{value:.{digits}f}" if np.isfinite(value) else MISSING
 
 
-def spread(values: pd.Series) -> str:
+def mean_and_std(values: pd.Series) -> str:
     """Mean ± standard deviation over seeds."""
     if len(values) < 2:
         return number(values.mean())

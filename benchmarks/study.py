@@ -18,7 +18,7 @@ Count = Field(ge=1)
 class Strict(BaseModel):
     """Fields of YAML, of which none may be misspelt."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
 class Pretraining(Strict):

@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=None, help="PNG to write")
     args = parser.parse_args()
     output = args.output or args.run / "learning_curve.png"
-    agent = args.run / f"{args.env}.zip"
+    agent = args.run / f"{args.env.replace('/', '-')}.zip"
     before, before_std = evaluate(args.before, args.env, args.n_episodes, args.seed)
     print(f"Before: {before:.0f} ± {before_std:.0f} ({args.n_episodes} episodes, deterministic)")
     after, after_std = evaluate(agent, args.env, args.n_episodes, args.seed)

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     # DDIM keeps more of the initial noise than DDPM; a flow needs no other sampler.
-    flow = DPPO.load(args.pretrained, device="cpu").policy_kwargs["prediction_type"] == "flow"
+    flow = DPPO.load(args.pretrained, device="cpu").policy_kwargs.get("prediction_type") == "flow"
     sampler: dict[str, Any] = {} if flow else dict(scheduler="ddim", inference_steps=5)
     policy = DPPO.load(args.pretrained, device="cpu", **sampler)
     plain = make_vec_env(args.env, 10, seed=args.seed + 1000)

@@ -22,8 +22,8 @@ from torch import nn
 from sb3_dppo._version import __version__
 from sb3_dppo.actor_critic import DiffusionActorCriticPolicy
 from sb3_dppo.dppo import DPPO
-from sb3_dppo.runs.files import atomic_write
-from sb3_dppo.runs.schema import CONFIG_FILE
+from sb3_dppo.runs.checkpoints import is_of_vec_normalize
+from sb3_dppo.runs.files import CONFIG_FILE, atomic_write
 
 # Of the graph's actions to PyTorch's, relative to the width of the action space.
 TOLERANCE = 1e-5
@@ -233,15 +233,12 @@ def main() -> None:
     try:
         vec_normalize = None if args.vec_normalize is None else _read_vec_normalize(args.vec_normalize)
         model = _read_agent(args.agent, args.env)
+        if vec_normalize is None and model.env is None and is_of_vec_normalize(model):
+            raise ValueError(f"{args.agent} was trained under VecNormalize: pass --vec-normalize.")
         difference = export_onnx(model, args.output, vec_normalize)
     except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
     print(f"Saved {args.output}: its actions differ from PyTorch's by {difference:.1g} of the action space's width")
-    normalizer = model.policy.normalizer
-    wrapper = vec_normalize or model.get_vec_normalize_env()
-    normalizes = normalizer.is_running or normalizer.has_ranges or wrapper is not None
-    if normalizer.has_vectors and not normalizes:
-        print("Its observations are not normalised. If it was trained under VecNormalize, pass --vec-normalize.")
 
 
 if __name__ == "__main__":

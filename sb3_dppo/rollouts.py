@@ -148,8 +148,7 @@ class DecisionRollouts(ResumableAlgorithm):
             with self.policy.sampler.keep_constants():  # Of whatever weights it acts with.
                 goes_on = callback.on_step()
             if not goes_on:
-                if is_batched:
-                    self._last_obs = to_arrays(new_obs)
+                self._last_obs, self._last_episode_starts = to_arrays(new_obs) if is_batched else new_obs, dones
                 ranks.all_agree(False)
                 self.reward_scaler.forget_episodes(env.num_envs)  # These decisions are dropped.
                 return False
@@ -247,6 +246,8 @@ class DecisionRollouts(ResumableAlgorithm):
         if isinstance(infos, BatchedInfos):  # Those of the episodes that have ended, and no loop over all.
             infos = [infos.summary(env_index) for env_index in map(int, np.flatnonzero(infos.dones))]
             dones = np.ones(len(infos), dtype=bool)
+        # What VecMonitor says of an episode that an env broke off.
+        infos = [{} if info.get("bad_env", False) else info for info in infos]
         super()._update_info_buffer(infos, dones)
 
     def _end_episodes(self, dones: np.ndarray, infos: Any) -> None:

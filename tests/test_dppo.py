@@ -249,6 +249,9 @@ def test_callbacks_and_early_stop(tmp_path: Path) -> None:
     assert len(model.ep_info_buffer) == 12  # type: ignore[arg-type]
     model = make_model(env).learn(10_000, callback=StopTrainingOnMaxEpisodes(3))
     assert model.num_timesteps < 100
+    # It stopped where an episode ended, and goes on where the envs are.
+    model.learn(2, reset_num_timesteps=False)
+    assert (model.rollout_buffer.observations[:2, 0] == 0).all()
 
 
 def test_tensorboard_and_logger_names(tmp_path: Path) -> None:

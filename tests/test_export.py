@@ -15,7 +15,7 @@ from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_dppo import DPPO
-from sb3_dppo.export import TOLERANCE, _read_agent, export_onnx
+from sb3_dppo.export import TOLERANCE, _read_agent, export_onnx, main
 from tests.toy_envs import CountingEnv
 
 pytest.importorskip("onnxscript")
@@ -138,7 +138,7 @@ def test_without_delay_and_with(tmp_path: Path, example: Any) -> None:
         np.testing.assert_allclose(env.actions, expected, atol=1e-6)
 
 
-def test_command(tmp_path: Path) -> None:
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     model = DPPO("DiffusionMlpPolicy", "Pendulum-v1", n_steps=32, seed=0)
     model.save_pretrained(tmp_path / "shared")
     command = [sys.executable, "-m", "sb3_dppo.export", str(tmp_path / "shared"), "-o", str(tmp_path / "b.onnx")]
@@ -150,6 +150,11 @@ def test_command(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name its env by --env"):
         _read_agent(str(tmp_path / "normalized"), None)
     assert _read_agent(str(tmp_path / "normalized"), "Pendulum-v1").get_vec_normalize_env() is not None
+    DPPO("DiffusionMlpPolicy", env, n_steps=32, seed=0).save(tmp_path / "normalized.zip")
+    monkeypatch.setattr(sys, "argv", ["export", str(tmp_path / "normalized.zip")])
+    with pytest.raises(SystemExit):
+        main()
+    assert "was trained under VecNormalize: pass --vec-normalize" in capsys.readouterr().err
     done = subprocess.run([*command[:-1], "b.zip"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "path='b.zip' must end in .onnx" in done.stderr

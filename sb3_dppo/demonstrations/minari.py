@@ -73,9 +73,7 @@ def write_minari(
         for key, rows in parts.items()
     }
     if env_id is not None and env_id not in gym.registry:
-        warnings.warn(
-            f"{name} won't say that it is of {env_id}, which is not registered: import its package.", stacklevel=4
-        )
+        warnings.warn(f"{name} won't say that it is of {env_id}, which is not registered: import its package.", stacklevel=4)
     n = len(columns["actions"])
     known: dict[str, np.ndarray] = dict(rewards=np.zeros(n), terminals=np.zeros(n), truncations=np.zeros(n)) | dict(columns)
     dataset, ends = None, np.cumsum(traj_lengths)

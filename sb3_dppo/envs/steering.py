@@ -8,7 +8,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.utils import check_for_correct_spaces
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_dppo.chunks import ChunkState
@@ -25,8 +25,9 @@ class NoiseSpaceVecEnv(VecEnvWrapper):
     """
     Envs whose actions are the initial noise of a frozen policy's denoising chain, which is deterministic otherwise (DSRL,
     Wagenmaker et al. 2025). A step executes the chunk that the noise leads to: its reward is the sum of the envs' rewards, and
-    its discount is the algorithm's γ, as for DPPO's decisions. Where an episode ends inside a chunk, all envs plan anew, so
-    that every env step belongs to one decision; ``info["n_executed"]`` has its length.
+    its discount is the algorithm's γ. Where an episode ends inside a chunk, all envs plan anew, so that every env step belongs
+    to one decision; ``info["n_executed"]`` has its length. γ is that of a shorter one, too: with many envs, whose episodes end
+    at different times, decisions get short and far-off rewards count less. Use few.
 
     The noise has more of a say in DDIM and in flows than in DDPM, whose later steps forget it.
 
@@ -127,7 +128,7 @@ class ResidualVecEnv(VecEnvWrapper):
         return self._join(given, self._base_actions)
 
     def _join(self, obs: Any, base_actions: np.ndarray) -> Any:
-        normalized = ((base_actions - self._center) / self._half).astype(np.float32)
+        normalized = ((base_actions - self._center) / np.where(self._half > 0, self._half, 1)).astype(np.float32)
         if isinstance(obs, dict):
             return {**obs, BASE_ACTION: normalized}
         flat = normalized.reshape(*obs.shape[:-1], -1)
@@ -140,9 +141,11 @@ def frozen_policy(venv: VecEnv, model: "DPPO | str | Path", settings: dict[str, 
     :param model: A model, or the path of its file.
     :param settings: Arguments of ``DPPO.load``, for a path.
     :return: Its policy.
-    :raises ValueError: for a model of other spaces than the envs', or settings of a model that is loaded already.
+    :raises ValueError: for a model of other spaces than the envs', or of normalised observations where the envs' are not, or
+        settings of a model that is loaded already.
     """
     from sb3_dppo.dppo import DPPO
+    from sb3_dppo.runs.checkpoints import is_of_vec_normalize
 
     if isinstance(model, (str, Path)):
         model = DPPO.load(model, **settings)
@@ -151,6 +154,12 @@ def frozen_policy(venv: VecEnv, model: "DPPO | str | Path", settings: dict[str, 
     if not isinstance(model, DPPO):
         raise ValueError(f"model is a {type(model).__name__}, not a DPPO, which has a diffusion policy.")
     check_for_correct_spaces(venv, model.observation_space, model.action_space)
+    vec_normalize = unwrap_vec_normalize(venv)
+    if is_of_vec_normalize(model) and (vec_normalize is None or not vec_normalize.norm_obs):
+        raise ValueError(
+            "model was trained under VecNormalize, whose observations it needs: wrap the envs in VecNormalize.load(path, "
+            "venv), with training=False and norm_reward=False."
+        )
     model.policy.set_training_mode(False)
     return model.policy
 

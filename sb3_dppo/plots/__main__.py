@@ -16,6 +16,7 @@ from sb3_dppo.dppo import DPPO
 from sb3_dppo.plots.chains import iterates, observation_of, plot_chains
 from sb3_dppo.plots.curves import interquartile_means, plot_curves, read_curves
 from sb3_dppo.plots.updates import plot_updates, read_scalars
+from sb3_dppo.runs.checkpoints import is_of_vec_normalize
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,6 +45,10 @@ def _chains(args: argparse.Namespace) -> Figure:
     models = {"before fine-tuning": args.before, "after fine-tuning": args.agent} if args.before else {"": args.agent}
     loaded = {title: DPPO.load(path, device="cpu") for title, path in models.items()}
     agent = list(loaded.values())[-1]
+    if any(map(is_of_vec_normalize, loaded.values())):
+        raise ValueError(
+            "A policy that was trained under VecNormalize sees other observations than the env's, which are shown."
+        )
     n_dims = agent.policy.action_dim
     if n_dims == 1:
         raise ValueError(f"The actions of {args.agent} have one dimension, but a picture of chains shows two.")

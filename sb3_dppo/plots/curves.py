@@ -1,5 +1,7 @@
 """Learning curves of RL Zoo's folders of runs, with the spread of their seeds."""
 
+import re
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 FILE = "evaluations.npz"
+# RL Zoo's runs are called ALGORITHM/ENV_NUMBER, and with --uuid end in one.
+ZOO_RUN = re.compile(r"(.+)_\d+(?:_[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})?")
 REPETITIONS = 2000  # of the bootstrap
 
 
@@ -39,14 +43,16 @@ def read_curves(folders: Iterable[str | Path]) -> dict[tuple[str, str], list[Cur
             raise ValueError(f"There is no {FILE} in {str(folder)!r}: train with RL Zoo's --eval-freq, or an EvalCallback.")
         for file in files:
             run = file.resolve().parent
-            # RL Zoo's are called ALGORITHM/ENV_NUMBER.
-            env, _, number = run.name.rpartition("_")
-            runs[run] = (env, run.parent) if number.isdigit() and env else (run.name, run)
+            name = ZOO_RUN.fullmatch(run.name)
+            runs[run] = (run.name, run) if name is None else (name[1], run.parent)
     labels = set(runs.values())
     curves: dict[tuple[str, str], list[Curve]] = defaultdict(list)
     for run, (env, parent) in runs.items():
-        with np.load(run / FILE) as data:
-            curve = Curve(data["timesteps"], data["results"].mean(axis=1))
+        try:
+            with np.load(run / FILE) as data:
+                curve = Curve(data["timesteps"], data["results"].mean(axis=1))
+        except (zipfile.BadZipFile, EOFError, KeyError) as error:
+            raise ValueError(f"{run / FILE} is damaged, or is just being written ({error}).") from error
         is_unique = sum((name, folder.name) == (env, parent.name) for name, folder in labels) == 1
         label = "" if parent == run else parent.name
         curves[env, label if is_unique else str(parent)].append(curve)
@@ -57,13 +63,13 @@ def spread(runs: list[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     :param runs: Runs of one algorithm in one env.
     :return: Timesteps of the run with most evaluations up to where all runs go, and mean and standard deviation over the runs
-        there, interpolated where their evaluations were at other times.
+        there, interpolated where their evaluations were at other times; of one run it is 0.
     """
     end = min(run.timesteps[-1] for run in runs)
     longest = max(runs, key=lambda run: int((run.timesteps <= end).sum()))
     timesteps = longest.timesteps[longest.timesteps <= end]
     values = np.stack([np.interp(timesteps, run.timesteps, run.returns) for run in runs])
-    return timesteps, values.mean(axis=0), values.std(axis=0)
+    return timesteps, values.mean(axis=0), values.std(axis=0, ddof=min(1, len(runs) - 1))
 
 
 def bootstrap_interval(statistic: Callable[..., Any], *scores: np.ndarray) -> np.ndarray:

@@ -36,7 +36,11 @@ def make_card(model: Any, config: dict[str, Any], returns: Sequence[float] | Non
     if training["pretrained_on_demonstrations"]:
         how = f"demonstrations (behaviour cloning), then {how}"
     hyperparameters = json.dumps({name: config[name] for name in ("policy_kwargs", "arguments")}, indent=2, ensure_ascii=False)
-    normalized = "\nIts `VecNormalize` statistics are in the folder: `from_pretrained` wraps `env` in it.\n"
+    normalized, before, after = "", "", ""
+    if config["vec_normalize"] is not None:
+        normalized = "\nIts `VecNormalize` statistics are in the folder: `from_pretrained` wraps `env` in it.\n"
+        before = "normalization = model.get_vec_normalize_env()\nnormalization.training = normalization.norm_reward = False\n"
+        after = f"normalization.training, normalization.norm_reward = True, {config['vec_normalize']['norm_reward']}\n"
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---
 
@@ -59,10 +63,10 @@ from sb3_dppo import DPPO
 from stable_baselines3.common.evaluation import evaluate_policy
 
 model = DPPO.from_pretrained({json.dumps(repo_id or "path/of/this/folder")}, env={json.dumps(env_id) if env_id else "env"})
-print(evaluate_policy(model, model.get_env(), n_eval_episodes=10))
-model.learn(100_000, reset_num_timesteps=False)  # training goes on
+{before}print(evaluate_policy(model, model.get_env(), n_eval_episodes=10))
+{after}model.learn(100_000, reset_num_timesteps=False)  # training goes on
 ```
-{normalized if config["vec_normalize"] is not None else ""}
+{normalized}
 ## Results
 
 {results}

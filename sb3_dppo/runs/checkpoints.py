@@ -116,14 +116,19 @@ class RunState:
             set_generator_states(model, self.generators)
 
 
+def is_of_vec_normalize(model: Any) -> bool:
+    """Whether a model, or what its file says of its env, is under ``VecNormalize(norm_obs=True)``."""
+    vec_normalize = model.get_vec_normalize_env()
+    if vec_normalize is not None:
+        return bool(vec_normalize.norm_obs)
+    return model._run_state is not None and "obs_rms" in (model._run_state.normalization or {})
+
+
 def _env_states(model: Any) -> list[Any] | None:
     """What each env's ``get_resume_state()`` returns; ``None`` if they have no such method."""
     if model.env is None or model._last_obs is None:
         return None
-    try:
-        return deepcopy(model.env.env_method("get_resume_state")) if has_attr(model.env, "get_resume_state") else None
-    except (EOFError, OSError):
-        return None  # The envs' processes have been closed.
+    return deepcopy(model.env.env_method("get_resume_state")) if has_attr(model.env, "get_resume_state") else None
 
 
 def generator_states(model: Any) -> dict[str, Any]:

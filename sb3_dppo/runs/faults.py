@@ -47,10 +47,11 @@ def changes_numbers(env: VecEnv) -> bool:
 
 
 def has_attr(env: VecEnv, name: str) -> bool:
-    """Whether all copies of the env have the attribute or method. Of a ``VecEnv`` that can't tell, they have not."""
+    """Whether all copies of the env have the attribute or method. Of one that can't tell or is closed, they have not."""
     try:
         return env.has_attr(name)
-    except (NotImplementedError, AttributeError):  # the latter in wrappers of other libraries' vector envs
+    # AttributeError in wrappers of other libraries' vector envs, the last two where processes have ended.
+    except (NotImplementedError, AttributeError, EOFError, OSError):
         return False
 
 

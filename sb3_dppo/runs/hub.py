@@ -5,8 +5,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# What a folder holds; nothing else is read from the hub.
-FILES = ("model.safetensors", "config.json", "README.md")
+from sb3_dppo.runs.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+
+# Nothing else is read from the hub.
+FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

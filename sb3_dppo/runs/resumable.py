@@ -178,6 +178,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         Save the model in a zip file, with all that training needs to go on: ``DPPO.load(path, env=env).learn(total_timesteps,
         reset_num_timesteps=False)``. A file saved in the middle of a rollout, as by ``CheckpointCallback``, goes on at the
         start of this rollout. A path holds the whole new file or what was there before, whatever happens while it is written.
+        Of several processes, only the first one writes a path.
 
         :param path: Path of the file (".zip" is added if it has no suffix), or an open file
         :param exclude: Attributes to leave out, in addition to the default ones
@@ -186,6 +187,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         """
         opened: AbstractContextManager[Any] = nullcontext(path)
         if isinstance(path, (str, pathlib.Path)):
+            if ranks.rank() > 0:
+                return
             path = pathlib.Path(path)
             opened = atomic_write(path if path.suffix else path.with_suffix(".zip"))
         loaded = self._run_state

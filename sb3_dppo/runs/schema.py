@@ -19,10 +19,11 @@ from typing_extensions import NotRequired
 
 from sb3_dppo.diffusion.process import MAX_DENOISING_STEPS
 from sb3_dppo.features.extractors import EXTRACTORS
+from sb3_dppo.runs.files import CONFIG_FILE
 from sb3_dppo.runs.names import constructor_arguments
 from sb3_dppo.runs.spaces import MAX_ITEMS, Finite, Infinity, Space, make_fields
 
-CONFIG_FILE, FORMAT = "config.json", "sb3-dppo 1"
+FORMAT = "sb3-dppo 1"
 MAX_SIZE = 2**14  # widths, channels, the horizon
 MAX_INTEGER = 2**63
 

@@ -29,11 +29,11 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, VecTransposeI
 from sb3_dppo._version import __version__
 from sb3_dppo.features.observations import parts_of_space
 from sb3_dppo.runs.card import make_card
-from sb3_dppo.runs.schema import CLASSES, CONFIG_FILE, FORMAT, FROM_DENOISER, NORMALIZATION, SCHEDULERS, names_of, read_config
+from sb3_dppo.runs.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from sb3_dppo.runs.schema import CLASSES, FORMAT, FROM_DENOISER, NORMALIZATION, SCHEDULERS, names_of, read_config
 from sb3_dppo.runs.spaces import describe_space
 from sb3_dppo.schedules import DecaySchedule
 
-WEIGHTS_FILE, CARD_FILE = "model.safetensors", "README.md"
 MOMENTS = ("mean", "var", "count")  # of running statistics
 MAX_JSON_BYTES = 2**20  # of the configuration, and of the header of the weights
 MAX_ROLLOUT_BYTES = 2**29  # per env

@@ -380,3 +380,9 @@ def test_lines_of_several_processes_do_not_mix(tmp_path: Path) -> None:
     started = [subprocess.Popen([sys.executable, "-c", code, str(path), str(i)], env=environment) for i in range(2)]
     assert [process.wait(60) for process in started] == [0, 0]
     assert len(study.read_results(path)) == 100
+
+
+def test_infinite_arguments_reach_the_run(tmp_path: Path) -> None:
+    algorithms = dict(STUDY["algorithms"], dppo={"algo": "dppo", "arguments": {"noise_clip": float("inf")}})
+    (run, *_) = study.read_study(write(tmp_path, algorithms=algorithms)).runs()
+    assert study.Run.model_validate_json(run.model_dump_json()).key == run.key

@@ -13,7 +13,7 @@ from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_dppo import DPPO
 from sb3_dppo.envs import NoiseSpaceVecEnv, ResidualVecEnv
@@ -177,6 +177,23 @@ def test_errors() -> None:
     grid = DummyVecEnv([GridEnv])
     with pytest.raises(ValueError, match=r"has no place: use a vector or a Dict"):
         ResidualVecEnv(grid, make_model(grid))
+
+
+def test_a_policy_of_normalised_observations(tmp_path: Path) -> None:
+    make_model(VecNormalize(make_envs(3))).learn(12).save(tmp_path / "a")
+    for wrap in (NoiseSpaceVecEnv, ResidualVecEnv):
+        with pytest.raises(ValueError, match="trained under VecNormalize, whose observations it needs: wrap the envs"):
+            wrap(make_envs(3), tmp_path / "a")
+        wrap(VecNormalize(make_envs(3), training=False), tmp_path / "a").reset()
+
+
+def test_an_action_that_can_only_have_one_value() -> None:
+    env = CountingEnv(3)
+    env.action_space = spaces.Box(np.array([-1.0, 0.5]), np.array([1.0, 0.5]), dtype=np.float64)
+    venv = DummyVecEnv([lambda: env])
+    residual = ResidualVecEnv(venv, make_model(venv))
+    assert np.isfinite(residual.reset()).all()
+    assert np.isfinite(residual.step(np.ones((1, 2), np.float32))[0]).all() and env.actions[-1][1] == 0.5
 
 
 class GridEnv(CountingEnv):

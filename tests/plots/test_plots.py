@@ -58,7 +58,21 @@ def test_runs_with_other_evaluations_are_interpolated_and_end_with_the_shortest(
     timesteps, mean, std = spread(runs)
     np.testing.assert_allclose(timesteps, [0, 10])
     np.testing.assert_allclose(mean, [1.0, 2.0])
-    np.testing.assert_allclose(std, [1.0, 1.0])
+    np.testing.assert_allclose(std, np.sqrt([2.0, 2.0]))
+    np.testing.assert_allclose(spread(runs[:1])[2], 0.0)
+
+
+def test_runs_with_uuids(logs: Path) -> None:
+    for number, folder in enumerate(sorted((logs / "dppo").iterdir())):
+        folder.rename(folder.with_name(f"{folder.name}_0f8fad5b-d9cb-469f-a165-70867728950{number}"))
+    assert {key: len(runs) for key, runs in read_curves([logs]).items()}["Some-Env-v0", "dppo"] == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 the beginning"])
+def test_a_file_that_is_being_written(logs: Path, content: bytes) -> None:
+    (logs / "ppo" / "Some-Env-v0_1" / "evaluations.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"Some-Env-v0_1/evaluations.npz is damaged, or is just being written"):
+        read_curves([logs])
 
 
 def test_interquartile_means(logs: Path) -> None:

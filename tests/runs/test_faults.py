@@ -173,6 +173,17 @@ def test_a_bad_env_below_a_monitor(vec_env_cls: Any, fault: str) -> None:
     assert len(returns) > 3 and np.isfinite(returns).all()
 
 
+def test_a_bad_env_below_a_vec_monitor() -> None:
+    env = VecMonitor(make_env("nan"))
+    model, recorder = make_model(env, on_bad_env="reset"), Recorder()
+    with pytest.warns(UserWarning, match="was reset"):
+        model.learn(16 * N_ENVS * 3, callback=recorder)
+    infos = [info for step in recorder.steps for info in step["infos"]]
+    assert [info for info in infos if "bad_env" in info]
+    recorded = [info["episode"]["r"] for info in infos if "episode" in info and "bad_env" not in info]
+    assert [record["r"] for record in model.ep_info_buffer or ()] == recorded
+
+
 def test_envs_that_can_not_be_reset_one_by_one() -> None:
     class TogetherVecEnv(DummyVecEnv):
         def has_attr(self, attr_name: str) -> bool:

@@ -4,8 +4,10 @@ import ast
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import sb3_dppo.runs
-from sb3_dppo import DPPO
+from sb3_dppo import DPPO, ranks
 from sb3_dppo.runs.names import constructor_arguments
 from tests.runs.shared_folders import make_model
 
@@ -39,3 +41,11 @@ def test_no_import_of_the_algorithm() -> None:
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not {"sb3_dppo", "sb3_dppo.dppo", "sb3_dppo.policies", "sb3_dppo.bc"} & set(names), file
+
+
+def test_of_several_processes_the_first_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = DPPO("DiffusionMlpPolicy", "Pendulum-v1", n_steps=16, batch_size=16)
+    for rank, is_written in ((1, False), (0, True)):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        model.save(tmp_path / "model")
+        assert (tmp_path / "model.zip").exists() == is_written
