@@ -7,7 +7,9 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
+
+from sb3_dppo.envs.batched import BatchedVecEnv
 
 NO_LIMIT = 2**31 - 1
 
@@ -69,7 +71,7 @@ def use_envpool(venv: VecEnv) -> VecEnv:
     return envs
 
 
-class _EnvPoolEnvs(VecEnv):
+class _EnvPoolEnvs(BatchedVecEnv):
     """
     EnvPool's envs, without the record of their episodes. See :class:`EnvPoolVecEnv`.
 
@@ -144,20 +146,3 @@ class _EnvPoolEnvs(VecEnv):
 
     def close(self) -> None:
         self._pool = None  # ends its threads
-
-    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        values = {"render_mode": None, "spec": self.spec}
-        if attr_name not in values:
-            raise AttributeError(f"EnvPool's envs have no attribute {attr_name!r}.")
-        return [values[attr_name] for _ in self._get_indices(indices)]
-
-    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        raise AttributeError(f"EnvPool's envs have no attribute {attr_name!r}: pass env_kwargs when making them.")
-
-    def env_method(
-        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
-    ) -> list[Any]:
-        raise AttributeError(f"EnvPool's envs have no method {method_name!r}.")
-
-    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
-        return [False for _ in self._get_indices(indices)]

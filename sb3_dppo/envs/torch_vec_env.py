@@ -12,9 +12,9 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.type_aliases import PyTorchObs
-from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from sb3_dppo.envs.batched import BatchedVecEnv
 from sb3_dppo.features.observations import parts_of, take, to_arrays
 
 
@@ -95,7 +95,7 @@ class BatchedInfos(Sequence[dict[str, Any]]):
         return iter(self._infos)
 
 
-class TorchVecEnv(VecEnv):
+class TorchVecEnv(BatchedVecEnv):
     """
     Envs of a simulator that steps them all at once, as tensors on one device. DPPO uses these tensors: what crosses to the
     CPU at each step are a few numbers of each env (:class:`BatchedInfos`), all at once. To others it is a ``VecEnv`` like any,
@@ -167,20 +167,6 @@ class TorchVecEnv(VecEnv):
 
     def close(self) -> None:
         """Nothing to end, unless the simulator has something."""
-
-    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        values = {"render_mode": None, "spec": None}
-        if attr_name not in values:
-            raise AttributeError(f"{type(self).__name__}: its envs are not objects and have no attribute {attr_name!r}.")
-        return [values[attr_name] for _ in self._get_indices(indices)]
-
-    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        raise AttributeError(f"{type(self).__name__}: its envs are not objects and have no attribute {attr_name!r}.")
-
-    def env_method(
-        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
-    ) -> list[Any]:
-        raise AttributeError(f"{type(self).__name__}: its envs are not objects and have no method {method_name!r}.")
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         # Infos are as a Monitor's.
