@@ -3,10 +3,10 @@
 import argparse
 import ast
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc import locate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -27,6 +27,9 @@ from sb3_dppo.features.extractors import EXTRACTORS
 from sb3_dppo.features.observations import parts_of_space, vector_keys
 from sb3_dppo.policies import PAPER_POLICY_KWARGS
 from sb3_dppo.runs.faults import has_attr
+
+if TYPE_CHECKING:
+    from minari import MinariDataset
 
 
 class BC:
@@ -52,7 +55,7 @@ class BC:
     def __init__(
         self,
         model: DPPO,
-        demonstrations: Any,
+        demonstrations: "Demonstrations | str | Path | Sequence[Any] | MinariDataset",
         *,
         batch_size: int = 128,
         learning_rate: float = 1e-3,
