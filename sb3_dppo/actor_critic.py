@@ -33,6 +33,11 @@ PROCESS_ARGUMENTS = (
 )
 
 
+def by_network(net_arch: Any) -> Any:
+    """``net_arch`` as a dictionary: a list is of both networks."""
+    return dict(pi=list(net_arch), vf=list(net_arch)) if isinstance(net_arch, (list, tuple)) else net_arch
+
+
 class DiffusionActorCriticPolicy(ChunkPolicy):
     """
     An actor that denoises chunks of actions and a critic of observations (Ren et al. 2024, section 4).
@@ -169,8 +174,7 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         self.horizon = horizon
         self.action_dim = get_action_dim(action_space)
         self._initial_config = SamplerConfig(**sampler)
-        if isinstance(net_arch, (list, tuple)):
-            net_arch = dict(pi=list(net_arch), vf=list(net_arch))
+        net_arch = by_network(net_arch)
         if net_arch is not None and not (isinstance(net_arch, dict) and set(net_arch) <= {"pi", "vf"}):
             raise ValueError(f"net_arch={net_arch} must be a list of widths, or dict(pi=…, vf=…) of two such lists.")
 

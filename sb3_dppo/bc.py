@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, unwrap_vec_w
 from tqdm.rich import tqdm
 
 from sb3_dppo.demonstrations.demonstrations import Demonstrations, are_constant
-from sb3_dppo.demonstrations.loading import SOURCES, add_source_options, load_demonstrations, load_from_options
+from sb3_dppo.demonstrations.loading import add_source_options, load_demonstrations, load_from_options, sources
 from sb3_dppo.demonstrations.matching import check_actions, match_observations
 from sb3_dppo.dppo import DPPO
 from sb3_dppo.features.extractors import EXTRACTORS
@@ -133,6 +133,7 @@ class BC:
                 "in fine-tuning, too.",
                 stacklevel=3,
             )
+        # Not in set_ranges: what an imported policy was trained with has to stay as it is.
         obs_low, obs_high = self._extreme(np.min), self._extreme(np.max)
         self.model.policy.normalizer.set_ranges(
             obs_low, np.where(are_constant(obs_low, obs_high), obs_low, obs_high), low, high
@@ -259,7 +260,7 @@ def main() -> None:
         prog="python -m sb3_dppo.bc", description="Pre-train a diffusion policy on demonstrations."
     )
     parser.add_argument("--env", required=True, help="Gymnasium id of the environment")
-    parser.add_argument("--demos", required=True, help=SOURCES)
+    parser.add_argument("--demos", required=True, help=sources())
     add_source_options(parser)
     parser.add_argument("-o", "--output", required=True, help="zip file to write")
     parser.add_argument("--policy", default="DiffusionMlpPolicy")

@@ -246,8 +246,8 @@ class DecisionRollouts(ResumableAlgorithm):
         if isinstance(infos, BatchedInfos):  # Those of the episodes that have ended, and no loop over all.
             infos = [infos.summary(env_index) for env_index in map(int, np.flatnonzero(infos.dones))]
             dones = np.ones(len(infos), dtype=bool)
-        # What VecMonitor says of an episode that an env broke off.
-        infos = [{} if info.get("bad_env", False) else info for info in infos]
+        elif self.on_bad_env == "reset":  # An episode that was broken off has a record of VecMonitor's all the same.
+            infos = [{} if info.get("bad_env", False) else info for info in infos]
         super()._update_info_buffer(infos, dones)
 
     def _end_episodes(self, dones: np.ndarray, infos: Any) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from sb3_dppo.demonstrations.collecting import EpisodeError, Predict, collect_demonstrations
 from sb3_dppo.demonstrations.demonstrations import Demonstrations, are_constant, check_output
-from sb3_dppo.demonstrations.loading import SOURCES, add_source_options, load_from_options
+from sb3_dppo.demonstrations.loading import add_source_options, load_from_options, sources
 from sb3_dppo.demonstrations.rows import is_image, rows_at_once
 from sb3_dppo.features.observations import part_name
 
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     source = argparse.ArgumentParser(add_help=False)
-    source.add_argument("path", help=SOURCES)
+    source.add_argument("path", help=sources())
     add_source_options(source)
     commands.add_parser("inspect", parents=[source], help="print numbers, lengths, returns and ranges")
     convert = commands.add_parser("convert", parents=[source], help="write an .npz file")

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from sb3_dppo.demonstrations.demonstrations import Demonstrations
 from sb3_dppo.demonstrations.episodes import Episodes, check_recordable
+from sb3_dppo.runs.faults import are_finite
 
 # observation, state, whether an episode starts -> action, state; as ``predict`` of a model
 Predict = Callable[[Any, Any, np.ndarray], tuple[np.ndarray, Any]]
@@ -125,6 +126,6 @@ def _record_episode(env: gym.Env, predict: Predict, seed: int | None) -> tuple[d
         done = terminated or truncated
     columns = {name: np.array(values) for name, values in rows.items()}
     for name, values in columns.items():
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
+        if not are_finite(values).all():
             raise ValueError(f"{name.rstrip('/')} of an episode are NaN or infinite (seed {seed}).")
     return columns, info

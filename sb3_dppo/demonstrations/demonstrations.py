@@ -10,6 +10,7 @@ from sb3_dppo.demonstrations.minari import check_new_minari_id, write_minari
 from sb3_dppo.demonstrations.npz import write_npz
 from sb3_dppo.demonstrations.rows import Rows, is_image
 from sb3_dppo.features.observations import batch_size_of, part_name, take
+from sb3_dppo.runs.faults import are_finite
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,7 +56,7 @@ class Demonstrations:
             if len(rows) != n:
                 first = next(iter(rows_of))
                 raise ValueError(f"{name} has {len(rows)} rows, but {first} has {n}: there must be one per transition.")
-            if rows.dtype.kind == "f" and not (finite := np.isfinite(np.asarray(rows)).reshape(n, -1).all(axis=1)).all():
+            if rows.dtype.kind == "f" and not (finite := are_finite(rows)).all():
                 raise ValueError(f"{name} is NaN or infinite in transition {int(finite.argmin())}: remove its episode.")
         # One beyond n could make their sum overflow.
         if lengths.max(initial=0) > n or lengths.sum() != n:
@@ -187,9 +188,12 @@ def check_output(path: str | Path) -> None:
     """Refuse a path that demonstrations can't be written to, before the work of making them."""
     if str(path).startswith("minari:"):
         check_new_minari_id(str(path))
-    elif Path(path).suffix != ".npz":
+        return
+    file = Path(path).expanduser().absolute()
+    if file.suffix != ".npz":
         raise ValueError(f"path={str(path)!r} must end in .npz, or be 'minari:' and the id of a dataset.")
-    elif (file := Path(path).expanduser().absolute()).is_dir():
+    if file.is_dir():
         raise ValueError(f"path={str(path)!r} is a folder.")
-    elif not os.access(folder := next(parent for parent in file.parents if parent.exists()), os.W_OK) or not folder.is_dir():
+    folder = next(parent for parent in file.parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise ValueError(f"path={str(path)!r}: nothing can be written in {folder}.")

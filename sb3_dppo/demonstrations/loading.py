@@ -16,11 +16,6 @@ from sb3_dppo.demonstrations.trajectories import from_trajectories
 if TYPE_CHECKING:
     from minari import MinariDataset
 
-SOURCES = (
-    f"bundled set ({', '.join(bundled_demonstrations())}), .npz file, robomimic file (.hdf5), LeRobot folder, or minari:ID of "
-    "a Minari dataset"
-)
-
 
 def load_demonstrations(
     source: "str | Path | Sequence[Any] | MinariDataset",
@@ -89,6 +84,12 @@ def load_demonstrations(
     return Demonstrations(**arguments)
 
 
+def sources() -> str:
+    """What the command lines can read, for their help."""
+    bundled = ", ".join(bundled_demonstrations())
+    return f"bundled set ({bundled}), .npz file, robomimic file (.hdf5), LeRobot folder, or minari:ID of a Minari dataset"
+
+
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """
     :param parser: A parser, to which to add the options of :func:`load_demonstrations`; see :func:`load_from_options`.
@@ -114,8 +115,8 @@ def load_from_options(source: str, args: argparse.Namespace) -> Demonstrations:
     if obs_keys is not None and any(":" in item for item in obs_keys):
         if not all(":" in item for item in obs_keys):
             raise ValueError(f"obs-keys={obs_keys} must be names only, or KEY:NAME for every key of a Dict.")
-        keys = [item.partition(":")[0] for item in obs_keys]
-        if len(set(keys)) < len(keys):
+        names_of = {key: names.split(",") for key, _, names in (item.partition(":") for item in obs_keys)}
+        if len(names_of) < len(obs_keys):
             raise ValueError(f"obs-keys={obs_keys} names a key twice: write KEY:NAME,NAME.")
-        obs_keys = {key: names.split(",") for key, _, names in (item.partition(":") for item in obs_keys)}
+        obs_keys = names_of
     return load_demonstrations(source, args.normalization, obs_keys=obs_keys, filter_key=args.filter_key)

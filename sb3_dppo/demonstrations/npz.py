@@ -59,13 +59,13 @@ def from_npz(path: Path, normalization: str | Path | None, selection: Selection 
 
 def _unnormalize(path: Path, arrays: dict[str, np.ndarray], normalization: str | Path | None) -> None:
     """Bring the reference implementation's states and actions into the env's units, with the ranges given or beside it."""
+    others = sorted(name for name in arrays if name.startswith("obs/"))
+    if others:
+        if normalization is not None:
+            raise ValueError(f"normalization={str(normalization)!r} has ranges of states, but {path} holds {others}.")
+        return
     keys = {name: key for name, key in (("obs", "states"), ("action", "actions")) if key in arrays}
     beside = path.parent / "normalization.npz"
-    others = sorted(name for name in arrays if name.startswith("obs/"))
-    if others and normalization is not None:
-        raise ValueError(f"normalization={str(normalization)!r} has ranges of states, but {path} holds {others}.")
-    if others:
-        return
     if normalization is None:
         inside = max(np.abs(arrays[key]).max(initial=0) for key in keys.values()) <= 1 + 1e-4
         if not inside or not beside.is_file() or path.name == beside.name:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch as th
 
+from sb3_dppo.actor_critic import by_network
 from sb3_dppo.dppo import DPPO
 from sb3_dppo.policies import PAPER_POLICY_KWARGS
 
@@ -23,8 +24,7 @@ def merged_policy_kwargs(inferred: Mapping[str, Any], given: Mapping[str, Any]) 
     merged = {**PAPER_POLICY_KWARGS, **given, **inferred}
     for name, value in inferred.items():
         if name in IN_PARTS:
-            said = given.get(name) or {}
-            said = dict(pi=said, vf=said) if isinstance(said, (list, tuple)) else dict(said)
+            said = dict(by_network(given.get(name)) or {})
             for part, known in value.items():
                 if part in said and not _same(said[part], known):
                     raise ValueError(f"policy_kwargs[{name!r}][{part!r}] contradicts the checkpoint, which has {known}.")
