@@ -30,6 +30,10 @@ def join() -> None:
         return
     if th.cuda.is_available():
         th.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Imported later, as optimizers do, it would hold the group in default arguments (group.WORLD) for ever, and with it Gloo's
+    # threads: one that still frees a tensor while the interpreter ends aborts the process.
+    import torch.distributed.nn  # noqa: F401
+
     # Tensors of a GPU go by NCCL, others by Gloo.
     dist.init_process_group("cpu:gloo,cuda:nccl" if th.cuda.is_available() else "gloo")
     atexit.register(leave)

@@ -1,5 +1,6 @@
 """What the processes of tests/test_ranks.py run: python -m tests.rank_program SCENARIO FOLDER, alone or under torchrun."""
 
+import json
 import os
 import signal
 import sys
@@ -117,7 +118,10 @@ def stop(folder: Path) -> None:
 
     model = make_model(WalkEnv)
     model.learn(100 * 16 * N_ENVS, callback=Stop())
-    (folder / f"stopped_{ranks.rank()}").write_text(str(model.n_rollouts))
+    rank = ranks.rank()
+    ranks.leave()
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    (folder / f"stopped_{rank}.json").write_text(json.dumps(dict(n_rollouts=model.n_rollouts, threads=threads)))
 
 
 def fail(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Training in two processes, each with half of the envs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -59,8 +60,11 @@ def test_checkpoints_hold_the_states_of_all(tmp_path: Path) -> None:
 
 
 def test_all_stop_when_one_does(tmp_path: Path) -> None:
+    """And leave no thread of Gloo behind, which could abort the process at its end."""
     assert play("stop", tmp_path).returncode == 0
-    assert [(tmp_path / f"stopped_{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+    stopped = [json.loads((tmp_path / f"stopped_{rank}.json").read_text()) for rank in (0, 1)]
+    assert [state["n_rollouts"] for state in stopped] == [1, 1]
+    assert not [name for state in stopped for name in state["threads"] if "gloo" in name]
 
 
 @pytest.mark.parametrize(
