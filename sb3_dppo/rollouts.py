@@ -172,7 +172,7 @@ class DecisionRollouts(ResumableAlgorithm):
             rollout_buffer.scale_rewards(self.reward_scaler)
         rollout_buffer.compute_returns_and_advantage(last_values)
         if self.on_bad_env == "reset":
-            self.logger.record("rollout/bad_env_resets", self.n_bad_env_resets)
+            self.logger.record("rollout/bad_env_resets", sum(ranks.gather(self.n_bad_env_resets)))
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True

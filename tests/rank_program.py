@@ -13,6 +13,8 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_dppo import DPPO, ranks
@@ -62,7 +64,7 @@ CASES: dict[str, dict[str, Any]] = dict(
 
 
 def make_model(env_class: type[gym.Env], n_envs: int | None = None, **changes: Any) -> DPPO:
-    env = DummyVecEnv([env_class] * (n_envs or N_ENVS // ranks.size()))
+    env = DummyVecEnv([lambda: Monitor(env_class())] * (n_envs or N_ENVS // ranks.size()))
     arguments: dict[str, Any] = dict(policy="DiffusionMlpPolicy", n_steps=16, batch_size=48, n_epochs=2, seed=0, device="cpu")
     arguments["lr_decay"] = "constant"  # so that one run and two shorter ones are the same
     return DPPO(env=env, **{**arguments, **changes})
@@ -78,6 +80,7 @@ def save_parameters(model: DPPO, path: Path) -> None:
 def update_three_times(folder: Path) -> None:
     for name, changes in CASES.items():
         model = make_model(PictureEnv if name == "pixels" else WalkEnv, **changes)
+        model.set_logger(configure(str(folder / name), ["csv"] if ranks.rank() == 0 else []))
         model.learn(3 * model.n_steps * N_ENVS)
         save_parameters(model, folder / f"{name}.npz")
 

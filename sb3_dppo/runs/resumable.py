@@ -2,8 +2,10 @@
 
 import io
 import pathlib
+from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -95,6 +97,20 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         if ranks.size() > 1:  # The first rank saves the states of all, which it can't ask for then.
             self._rollout_start = RunState.of_all(self)
         return self
+
+    def dump_logs(self, iteration: int = 0) -> None:
+        """
+        Write log. Means over episodes are of those of all ranks.
+
+        :param iteration: Current logging iteration
+        """
+        own = self.ep_info_buffer, self.ep_success_buffer
+        if ranks.size() > 1:
+            self.ep_info_buffer, self.ep_success_buffer = (
+                deque(chain(*parts)) for parts in zip(*ranks.gather(own), strict=True)
+            )
+        super().dump_logs(iteration)
+        self.ep_info_buffer, self.ep_success_buffer = own
 
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any, **kwargs: Any
