@@ -8,6 +8,7 @@ from sb3_dppo._version import __version__
 from sb3_dppo.dppo import DPPO
 from sb3_dppo.envs.metaworld import register_metaworld_envs
 from sb3_dppo.envs.robosuite import register_robosuite_envs
+from sb3_dppo.evaluation import choose_deterministic_noise
 from sb3_dppo.importers.lerobot import import_lerobot_policy
 from sb3_dppo.importers.reference import import_reference_checkpoint
 from sb3_dppo.policies import (
@@ -47,6 +48,7 @@ __all__ = [
     "DiffusionTransformerPolicy",
     "DiffusionUnetPolicy",
     "__version__",
+    "choose_deterministic_noise",
     "collect_demonstrations",
     "import_lerobot_policy",
     "import_reference_checkpoint",
