@@ -7,6 +7,7 @@ import numpy as np
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_dppo.dppo import DPPO
@@ -25,12 +26,13 @@ def choose_deterministic_noise(
     :param n_eval_episodes: Episodes for each of them.
     :param seed: Seed of the env.
     :return: The returns of the episodes by noise.
-    :raises ValueError: for fewer than one episode, or the model's own env.
+    :raises ValueError: for fewer than one episode, other spaces than the model's, or the env that it learns in.
     """
     if n_eval_episodes < 1:
         raise ValueError(f"n_eval_episodes={n_eval_episodes} must be at least 1.")
     made = maybe_make_env(env, verbose=0)
     vec_env = made if isinstance(made, VecEnv) else DummyVecEnv([lambda: Monitor(made)])
+    check_for_correct_spaces(vec_env, model.observation_space, model.action_space)
     if model.env is not None and vec_env.unwrapped is model.env.unwrapped:
         raise ValueError("env is the one that the model learns in, whose episodes would be lost: pass another one.")
     returns: dict[str, list[float]] = {}

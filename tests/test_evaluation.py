@@ -54,5 +54,7 @@ def test_errors() -> None:
     model = DPPO("DiffusionMlpPolicy", env, device="cpu")
     with pytest.raises(ValueError, match="n_eval_episodes=0"):
         choose_deterministic_noise(model, SizeEnv(), 0)
+    with pytest.raises(ValueError, match="Observation spaces do not match"):
+        choose_deterministic_noise(model, "Pendulum-v1")
     with pytest.raises(ValueError, match="the one that the model learns in"):
         choose_deterministic_noise(model, env)
