@@ -30,7 +30,7 @@ $(BIN)/pip-compile:
 
 # The site, in docs/_build: warnings are errors.
 docs: install $(BIN)/sphinx-build
-	$(BIN)/sphinx-build -q -W --keep-going docs docs/_build
+	$(BIN)/sphinx-build -q -E -a -W --keep-going docs docs/_build
 
 $(BIN)/sphinx-build: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'

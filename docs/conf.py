@@ -8,6 +8,10 @@ version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
 html_theme = "furo"
 html_title = f"sb3-dppo {release}"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
+pygments_dark_style = "monokai"
+smartquotes = False  # K' stays K'.
 myst_heading_anchors = 4
 # Files of the repository, which are no pages.
 myst_url_schemes = ["http", "https", "mailto"]

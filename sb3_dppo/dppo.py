@@ -35,7 +35,7 @@ class DPPO(DecisionRollouts):
     fine-tuned denoising steps is a Gaussian action of PPO, with the decision's advantage. ``total_timesteps`` and
     ``n_steps`` count env steps. The defaults are for learning from scratch; for fine-tuning see the documentation.
 
-    The sampler's settings, from ``act_steps`` to ``precision``, are those of
+    What is not listed below (``act_steps``, ``scheduler``, ``ft_denoising_steps``, …) is described at
     :class:`~sb3_dppo.diffusion.settings.SamplerConfig`; here ``min_sampling_std`` may be a schedule, too. With neither
     ``min_sampling_std`` nor ``min_logprob_std``, a policy that has learned from demonstrations has both at 0.1.
 

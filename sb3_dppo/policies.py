@@ -11,8 +11,8 @@ from sb3_dppo.arguments import check_names
 from sb3_dppo.diffusion.denoisers import Denoiser, MlpDenoiser, TransformerDenoiser, UnetDenoiser
 from sb3_dppo.diffusion.film_unet import FilmUnetDenoiser
 
-# The paper's policies for Gym tasks, in policy_kwargs' terms, for pre-training and fine-tuning; the constructor's own defaults
-# are for learning from scratch (Ren et al. 2024, table A7).
+#: The paper's policies for Gym tasks, in policy_kwargs' terms, for pre-training and fine-tuning; the constructor's own defaults
+#: are for learning from scratch (Ren et al. 2024, table A7).
 PAPER_POLICY_KWARGS: dict[str, Any] = dict(
     denoising_steps=20,
     horizon=4,
@@ -23,7 +23,10 @@ PAPER_POLICY_KWARGS: dict[str, Any] = dict(
 
 
 class DiffusionMlpPolicy(DiffusionActorCriticPolicy):
-    __doc__ = DiffusionActorCriticPolicy.__doc__
+    """
+    A policy whose denoiser is an MLP of chunk, time and features. Its arguments are those of
+    :class:`~sb3_dppo.actor_critic.DiffusionActorCriticPolicy`.
+    """
 
     def _make_denoiser(self) -> Denoiser:
         arguments = self._constructor_parameters
@@ -47,7 +50,10 @@ class DiffusionMlpPolicy(DiffusionActorCriticPolicy):
 
 
 class DiffusionCnnPolicy(DiffusionMlpPolicy):
-    __doc__ = DiffusionActorCriticPolicy.__doc__
+    """
+    ``DiffusionMlpPolicy`` for images, with SB3's ``NatureCNN``. Its arguments are those of
+    :class:`~sb3_dppo.actor_critic.DiffusionActorCriticPolicy`.
+    """
 
     def __init__(
         self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] | str = NatureCNN, **kwargs: Any
@@ -56,7 +62,10 @@ class DiffusionCnnPolicy(DiffusionMlpPolicy):
 
 
 class DiffusionMultiInputPolicy(DiffusionMlpPolicy):
-    __doc__ = DiffusionActorCriticPolicy.__doc__
+    """
+    ``DiffusionMlpPolicy`` for a ``Dict``, with SB3's ``CombinedExtractor``. Its arguments are those of
+    :class:`~sb3_dppo.actor_critic.DiffusionActorCriticPolicy`.
+    """
 
     def __init__(
         self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] | str = CombinedExtractor, **kwargs: Any
@@ -126,7 +135,11 @@ class DiffusionUnetPolicy(_SequencePolicy):
 
 
 class DiffusionTransformerPolicy(_SequencePolicy):
-    __doc__ = DiffusionActorCriticPolicy.__doc__
+    """
+    A policy whose denoiser is a transformer along the chunk, ``horizon`` 4 by default. Its arguments are those of
+    :class:`~sb3_dppo.actor_critic.DiffusionActorCriticPolicy`;
+    ``pi`` of ``net_arch`` is one width per layer, all equal.
+    """
 
     _default_net_arch: ClassVar[dict[str, list[int]]] = dict(pi=[128, 128], vf=[256, 256, 256])
 
