@@ -199,22 +199,24 @@ def plot(study: Study, frame: pd.DataFrame, path: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     compared = scores(study, frame)
     panels = len(study.envs) + bool(compared.tasks)
-    columns = min(4, panels)
+    columns = min(3, panels)
     rows = -(-panels // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.5 * rows), layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.8 * rows), layout="constrained", squeeze=False)
     axes = list(grid.flat)
     for env, ax in zip(study.envs, axes, strict=False):
         _curves(study, frame[frame["env"] == env], ax)
-        ax.set(title=env, xlabel="env steps", ylabel="return, deterministic")
+        ax.set(title=env, xlabel="env steps", ylabel="return")
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     if compared.tasks:
         _profiles(study, compared, axes[panels - 1])
     for ax in axes[panels:]:
         ax.set_axis_off()
-    axes[0].legend()
-    figure.savefig(path, dpi=80, format="png")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(study.algorithms))
+    figure.savefig(path, dpi=100, format="png")
     plt.close(figure)
 
 

@@ -43,12 +43,15 @@ def plot(results: dict[str, Any], path: str) -> None:
     rows = {
         name: result for name, result in results.items() if "ratio" in result and not name.startswith(("threads", "vec_env"))
     }
-    figure, axes = plt.subplots(1, 5, figsize=(20, 4.5), width_ratios=[2, 1, 1, 1, 1], layout="constrained")
-    axes[0].barh(list(rows), [result["ratio"] for result in rows.values()])
-    axes[0].axvline(1.0, color="black", linewidth=1)
-    axes[0].invert_yaxis()
-    axes[0].set_xlabel("time / time of the bare matrix products")
-    for ax, (name, points) in zip(axes[1:], results.get("growth", {}).items(), strict=False):
+    figure = plt.figure(figsize=(9.6, 7.2), layout="constrained")
+    above, below = figure.subfigures(2)
+    bars = above.subplots()
+    bars.barh([name.replace("_", " ") for name in rows], [result["ratio"] for result in rows.values()])
+    bars.axvline(1.0, color="black", linewidth=1)
+    bars.invert_yaxis()
+    bars.set_xlabel("time / time of the bare matrix products")
+    axes = below.subplots(1, 4)
+    for ax, (name, points) in zip(axes, results.get("growth", {}).items(), strict=False):
         x = [point["value"] for point in points]
         ax.plot(x, [point["rollout_s"] for point in points], "o-", label="rollout of 50 decisions per env")
         ax.plot(x, [point["update_epoch_s"] for point in points], "s-", label="update epoch")
@@ -57,8 +60,8 @@ def plot(results: dict[str, Any], path: str) -> None:
         ax.set_ylim(bottom=0)
         if name == "batch_size":
             ax.set_xscale("log")
-    axes[1].legend()
-    figure.savefig(path, dpi=80)
+    below.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:

@@ -125,7 +125,7 @@ class TorchVecEnv(BatchedVecEnv):
 
     @abstractmethod
     def step_all(self, actions: th.Tensor) -> BatchedStep:
-        """Step all envs with actions within the bounds of their space, float32, shape (n_envs, ...)."""
+        """A :class:`BatchedStep`: step all envs with actions within the bounds of their space, float32, shape (n_envs, ...)."""
 
     def step_tensors(self, actions: th.Tensor) -> tuple[PyTorchObs, np.ndarray, np.ndarray, BatchedInfos]:
         """

@@ -53,7 +53,7 @@ def plot_updates(scalars: Scalars) -> Figure:
     """
     if "train/clip_fraction" not in scalars or "train/approx_kl" not in scalars:
         raise ValueError("Of updates of DPPO nothing was logged there.")
-    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    figure = Figure(figsize=(9.6, 5.4), layout="constrained")
     panels: Any = figure.subplots(2, 3)
     _plot(panels[0, 0], scalars, ["rollout/ep_rew_mean"], "return in training")
     panels[0, 0].get_legend().remove()
