@@ -44,7 +44,7 @@ def plot(results: dict[str, Any], path: str) -> None:
         name: result for name, result in results.items() if "ratio" in result and not name.startswith(("threads", "vec_env"))
     }
     figure = plt.figure(figsize=(9.6, 7.2), layout="constrained")
-    above, below = figure.subfigures(2)
+    above, below = figure.subfigures(2, squeeze=False).flat
     bars = above.subplots()
     bars.barh([name.replace("_", " ") for name in rows], [result["ratio"] for result in rows.values()])
     bars.axvline(1.0, color="black", linewidth=1)

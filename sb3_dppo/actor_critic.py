@@ -1,6 +1,7 @@
 """What all diffusion policies have in common: an actor that denoises chunks, a critic, and what they make of observations."""
 
 import inspect
+import math
 from abc import abstractmethod
 from copy import deepcopy
 from functools import partial
@@ -13,7 +14,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_dppo.arguments import SAMPLER_ARGUMENTS, check_action_space, check_names
+from sb3_dppo.arguments import SAMPLER_ARGUMENTS, by_network, check_action_space, check_names, check_policy_arguments
 from sb3_dppo.chunks import ChunkPolicy
 from sb3_dppo.diffusion.denoisers import Denoiser, activation_class, gather_rows, make_mlp
 from sb3_dppo.diffusion.noise import NoiseNetwork
@@ -31,11 +32,6 @@ HIDDEN_GAIN, ACTION_GAIN = 2**0.5, 0.01
 PROCESS_ARGUMENTS = (
     *("denoising_steps", "beta_schedule", "prediction_type", "clip_sample_range", "clip_noise_pred", "clip_final_action"),
 )
-
-
-def by_network(net_arch: Any) -> Any:
-    """``net_arch`` as a dictionary: a list is of both networks."""
-    return dict(pi=list(net_arch), vf=list(net_arch)) if isinstance(net_arch, (list, tuple)) else net_arch
 
 
 class DiffusionActorCriticPolicy(ChunkPolicy):
@@ -145,10 +141,6 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
     ) -> None:
         own = set(inspect.signature(DiffusionActorCriticPolicy).parameters) - {"sampler"}
         check_names(type(self).__name__, sampler, own | set(SAMPLER_ARGUMENTS))
-        if share_features_extractor:
-            raise ValueError(
-                "share_features_extractor=True would let the critic change the frozen base policy's features: leave it out."
-            )
         check_action_space(action_space)
         if isinstance(features_extractor_class, str):
             if features_extractor_class not in EXTRACTORS:
@@ -162,27 +154,19 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         activation_fn = activation_class("activation_fn", activation_fn or activations[0])
         critic_activation_fn = activation_class("critic_activation_fn", critic_activation_fn or activations[1])
         ortho_init = as_ppo if ortho_init is None else ortho_init
+        check_policy_arguments(locals())
         if clip_sample_range == "auto":
             clip_sample_range = None if as_ppo else 1.0
-        elif clip_sample_range is not None and (isinstance(clip_sample_range, str) or not clip_sample_range > 0):
-            raise ValueError(f"clip_sample_range={clip_sample_range!r} must be positive, None or 'auto'.")
         self._constructor_parameters = {name: value for name, value in locals().items() if name in SETTINGS}
-        if not isinstance(horizon, int) or horizon < 1:
-            raise ValueError(f"horizon={horizon!r} must be at least 1, a whole number.")
-        if not 0 <= first_action < horizon:
-            raise ValueError(f"first_action={first_action} must be at least 0 and below horizon={horizon}.")
-        self.horizon = horizon
+        self.horizon = int(horizon)
         self.action_dim = get_action_dim(action_space)
         self._initial_config = SamplerConfig(**sampler)
-        net_arch = by_network(net_arch)
-        if net_arch is not None and not (isinstance(net_arch, dict) and set(net_arch) <= {"pi", "vf"}):
-            raise ValueError(f"net_arch={net_arch} must be a list of widths, or dict(pi=…, vf=…) of two such lists.")
 
         super().__init__(
             observation_space,
             action_space,
             lr_schedule,
-            net_arch=self._default_net_arch | (net_arch or {}),
+            net_arch=self._default_net_arch | (by_network(net_arch) or {}),
             activation_fn=activation_fn,
             ortho_init=ortho_init,
             features_extractor_class=features_extractor_class,
@@ -233,6 +217,11 @@ class DiffusionActorCriticPolicy(ChunkPolicy):
         self.sampler = DiffusionSampler(self._initial_config, self, chunk_shape, first_action)
         self.make_optimizers(lr_schedule(1))
         self.seed(int(th.randint(2**31, (), device="cpu")))
+
+    @property
+    def initial_std(self) -> float:
+        """What a learned floor of the std begins with."""
+        return math.exp(self._constructor_parameters["log_std_init"])
 
     def _make_process(self, config: SamplerConfig) -> Process:
         arguments = {name: self._constructor_parameters[name] for name in PROCESS_ARGUMENTS}

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.utils import FloatSchedule
 
+from sb3_dppo import ranks
 from sb3_dppo.buffers import DenoisingRolloutBuffer
 from sb3_dppo.diffusion.settings import MIN_LOGPROB_STD, SamplerConfig, are_ordered, is_number
 from sb3_dppo.runs.faults import ON_BAD_ENV
@@ -29,8 +30,8 @@ NOT_ARGUMENTS = {
 CLIP_RANGE = 0.2
 
 # Numbers of DPPO that must be at least or above something.
-AT_LEAST_ONE = ("n_steps", "batch_size", "n_epochs", "n_accumulate", "eta_update_interval")
-NOT_NEGATIVE = ("clip_range_base", "vf_coef", "bc_coef", "kl_coef", "critic_warmup")
+WHOLE_FROM_ONE = ("n_steps", "batch_size", "n_epochs", "n_accumulate", "eta_update_interval")
+NOT_NEGATIVE = ("clip_range_base", "vf_coef", "bc_coef", "kl_coef")
 POSITIVE = ("max_grad_norm", "target_kl")
 FRACTIONS = ("gamma", "gae_lambda")
 SCHEDULES = ("learning_rate", "critic_learning_rate", "eta_learning_rate", "clip_range", "clip_range_vf", "min_sampling_std")
@@ -54,6 +55,44 @@ def check_policy(policy: Any, aliases: dict[str, type], base: type) -> None:
         name = getattr(policy, "__name__", repr(policy))
         raise ValueError(
             f"policy={name} is not a diffusion policy: choose one of {list(aliases)}, or a class derived from these."
+        )
+
+
+def by_network(net_arch: Any) -> Any:
+    """``net_arch`` as a dictionary: a list is of both networks."""
+    return dict(pi=list(net_arch), vf=list(net_arch)) if isinstance(net_arch, (list, tuple)) else net_arch
+
+
+def check_policy_arguments(given: Mapping[str, Any]) -> None:
+    """ValueError that names the argument, for values of a policy's ``policy_kwargs`` that no network can be made of."""
+    for name, least in (("horizon", 1), ("denoising_steps", 1), ("first_action", 0), ("time_dim", 4)):
+        if not (is_number(given[name], whole=True) and given[name] >= least):
+            raise ValueError(f"{name}={given[name]!r} must be at least {least}, a whole number.")
+    if given["first_action"] >= given["horizon"]:
+        raise ValueError(f"first_action={given['first_action']} must be below horizon={given['horizon']}.")
+    for name in ("clip_sample_range", "clip_noise_pred", "clip_final_action"):
+        value, others = given[name], (None, "auto") if name == "clip_sample_range" else (None,)
+        if value not in others and not (is_number(value) and value > 0):
+            raise ValueError(f"{name}={value!r} must be a positive number, or one of {list(others)}.")
+    if not is_number(given["log_std_init"]):
+        raise ValueError(f"log_std_init={given['log_std_init']!r} must be a number.")
+    net_arch, encoder = by_network(given["net_arch"]), given["obs_encoder_arch"]
+    if net_arch is not None and not (isinstance(net_arch, dict) and set(net_arch) <= {"pi", "vf"}):
+        raise ValueError(f"net_arch={net_arch!r} must be a list of widths, or dict(pi=…, vf=…) of two such lists.")
+    for name, widths in {**(net_arch or {}), **({} if encoder is None else {"obs_encoder_arch": encoder})}.items():
+        if not (isinstance(widths, (list, tuple)) and all(is_number(width, whole=True) and width >= 1 for width in widths)):
+            where = name if name == "obs_encoder_arch" else f"net_arch[{name!r}]"
+            raise ValueError(f"{where}={widths!r} must be a list of widths, whole numbers from 1 up.")
+    if given["share_features_extractor"]:
+        raise ValueError(
+            "share_features_extractor=True would let the critic change the frozen base policy's features: leave it out."
+        )
+    optimizer_class = given["optimizer_class"]
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, th.optim.Optimizer)):
+        raise ValueError(f"optimizer_class={optimizer_class!r} must be a class of torch.optim, such as torch.optim.AdamW.")
+    if "lr" in (given["optimizer_kwargs"] or {}):
+        raise ValueError(
+            "optimizer_kwargs['lr']: learning rates are arguments of DPPO, learning_rate and critic_learning_rate."
         )
 
 
@@ -116,8 +155,15 @@ def check_training_arguments(model: Any) -> None:
     base, clip_range = model.clip_range_base, clip_range_schedule(model)
     if base is not None and base > clip_range(1.0) == clip_range(0.0):
         raise ValueError(f"clip_range_base={base} must not exceed clip_range={clip_range(1.0)}: it is for the noisiest step.")
+    config = model.policy.sampler.config
+    std, (low, high) = model.policy.initial_std, config.std_range
+    if model.n_rollouts == 0 and config.has_log_std and not low <= std <= high:
+        raise ValueError(
+            f"log_std_init={math.log(std):.4g} means a std of {std:.4g}, outside std_range={config.std_range}: use "
+            f"{math.log(low):.4g} to {math.log(high):.4g}, or change std_range."
+        )
     if model.normalize_advantage:
-        if model.n_envs * model.n_steps // act_steps < 2:
+        if ranks.size() * model.n_envs * model.n_steps // act_steps < 2:
             raise ValueError(
                 f"n_steps={model.n_steps} with n_envs={model.n_envs} and act_steps={act_steps} means one decision in a "
                 "rollout, whose advantage can't be normalised: use more, or normalize_advantage=False."
@@ -133,12 +179,15 @@ def check_training_arguments(model: Any) -> None:
 def check_ranges(model: Any) -> None:
     """Check what needs no policy. A ValueError names the argument that is out of range."""
     for names, fits, rule in (
-        (AT_LEAST_ONE, lambda x: x >= 1 and not isinstance(x, float), "at least 1, a whole number"),
+        (WHOLE_FROM_ONE, lambda x: is_number(x, whole=True) and x >= 1, "at least 1, a whole number"),
+        (("critic_warmup",), lambda x: is_number(x, whole=True) and x >= 0, "at least 0, a whole number"),
         (NOT_NEGATIVE, lambda x: x >= 0, "at least 0"),
         (POSITIVE, lambda x: x > 0, "positive"),
         (FRACTIONS, lambda x: 0 <= x <= 1, "between 0 and 1"),
         (("gamma_denoising",), lambda x: 0 < x <= 1, "above 0 and at most 1"),
-        (("ent_coef", "clip_range_rate"), math.isfinite, "finite"),
+        (("ent_coef",), math.isfinite, "finite"),
+        # Of which the exponential is finite.
+        (("clip_range_rate",), lambda x: -50 <= x <= 50, "between -50 and 50"),
     ):
         for name in names:
             value = getattr(model, name)
@@ -152,9 +201,12 @@ def check_ranges(model: Any) -> None:
         if value is None and name in OPTIONAL:
             continue
         schedule, positive = make_schedule(name, value), name == "clip_range_vf"
-        if not schedule(1.0) >= 0 or (positive and schedule(1.0) == 0):
+        first, last = float(schedule(1.0)), float(schedule(0.0))
+        if not min(first, last) >= 0 or (positive and first == 0):
             rule = "be positive, or None for no clipping" if positive else "not be negative"
-            raise ValueError(f"{name}={value!r} must {rule}.")
+            is_number_twice = is_number(value) or first == last
+            values = "" if is_number_twice else f", which is {first} at the beginning of a run and {last} at its end,"
+            raise ValueError(f"{name}={value!r}{values} must {rule}.")
     for name, choices in CHOICES.items():
         if getattr(model, name) not in choices:
             raise ValueError(f"{name}={getattr(model, name)!r} is unknown: choose one of {list(choices)}.")
@@ -181,10 +233,11 @@ def warn_about_training_arguments(model: Any) -> None:
         warnings.warn(message, stacklevel=5)
 
     sampler = model.policy.sampler
-    n_pairs = model.n_envs * (model.n_steps // sampler.act_steps) * sampler.ft_denoising_steps
+    n_envs = model.n_envs * ranks.size()
+    n_pairs = n_envs * (model.n_steps // sampler.act_steps) * sampler.ft_denoising_steps
     if model.batch_size > n_pairs:
         warn(
-            f"batch_size={model.batch_size} is more than the {n_pairs} pairs of a rollout (n_envs={model.n_envs} × "
+            f"batch_size={model.batch_size} is more than the {n_pairs} pairs of a rollout (n_envs={n_envs} × "
             f"n_steps={model.n_steps} / act_steps={sampler.act_steps} × ft_denoising_steps={sampler.ft_denoising_steps}): "
             "each epoch is one minibatch."
         )
@@ -203,6 +256,11 @@ def warn_about_training_arguments(model: Any) -> None:
                 )
     config = sampler.config
     learned = f"std_range={config.std_range}", config.std_range[0]
+    if config.learn_eta is not None and config.has_log_std:
+        warn(
+            f"learn_eta={config.learn_eta!r}: the std's floor is learned, too, and begins above what η gives, so that there is "
+            "little for η to learn: give a floor, for instance min_sampling_std=0.1."
+        )
     argument, floor = learned if config.learns_std else (f"min_logprob_std={config.floors[1]}", config.floors[1])
     if floor < MIN_LOGPROB_STD:
         warn(

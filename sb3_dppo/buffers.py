@@ -305,11 +305,15 @@ class DenoisingRolloutBuffer(RolloutBuffer):
         :param shuffle: "pairs" draws them from all decisions and steps, "decisions" keeps those of a decision together.
         """
         D, K = len(self.all_advantages), self.ft_denoising_steps
-        n_batches = 1 if batch_size is None else max(1, round(D * K / batch_size))
+        group = 1 if shuffle == "pairs" else K
+        n_batches = 1
+        if batch_size is not None:
+            # At least two rows in each, if that many are asked for: one can't be normalised.
+            at_least = min(2, max(1, batch_size // group))
+            n_batches = max(1, min(round(D * K / batch_size), D * K // group // at_least))
         if shuffle == "pairs":
-            group, pairs = 1, th.randperm(D * K, device=self.device)
+            pairs = th.randperm(D * K, device=self.device)
         else:
-            group, n_batches = K, min(n_batches, D)
             decisions = th.randperm(D, device=self.device)
             pairs = (decisions[:, None] * K + th.arange(K, device=self.device)).flatten()
         # The critic goes once over the decisions, in as many slices as there are minibatches.

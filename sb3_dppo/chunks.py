@@ -47,10 +47,13 @@ class ChunkQueue:
         return self.chunks, self.n_executed
 
     def restore(self, state: ChunkState) -> None:
-        """Go on from the state of another queue, which is not changed by this one; ValueError for another number of envs."""
+        """Go on from the state of another queue, which is not changed by this one; ValueError for one of other sizes."""
         chunks, n_executed = state
         if len(chunks) != len(self):
             raise ValueError(f"state is of {len(chunks)} envs, but observation of {len(self)}: pass state=None to start anew.")
+        if chunks.shape != self.chunks.shape:
+            sizes = f"{chunks.shape[1:]}, but this policy's of {self.chunks.shape[1:]}"
+            raise ValueError(f"state is of chunks of shape {sizes} (act_steps, …): pass state=None to start anew.")
         self.chunks, self.n_executed = chunks.copy(), n_executed.copy()
 
     @property

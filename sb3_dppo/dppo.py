@@ -1,7 +1,7 @@
 """The algorithm: its arguments, and when what is updated. Its losses are in :mod:`sb3_dppo.losses`."""
 
 import inspect
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -17,8 +17,8 @@ from sb3_dppo.buffers import DenoisingRolloutBuffer, DenoisingRolloutBufferSampl
 from sb3_dppo.diagnostics import log_update
 from sb3_dppo.diffusion.acceleration import CPU_SLICE_SIZE, keep_freed_memory
 from sb3_dppo.features.observations import check_observation_space
-from sb3_dppo.gradients import check_update, compute_gradients, gradient_step
-from sb3_dppo.losses import LossSettings, Metrics, actor_loss, behaviour_cloning_loss, clip_ranges, pair_advantages, value_loss
+from sb3_dppo.gradients import check_update, compute_gradients, gradient_step, losses_of_slices
+from sb3_dppo.losses import LossSettings, Metrics, clip_ranges, pair_advantages
 from sb3_dppo.policies import POLICIES
 from sb3_dppo.rollouts import DecisionRollouts
 from sb3_dppo.runs.pretrained import read_pretrained
@@ -250,10 +250,10 @@ class DPPO(DecisionRollouts):
         self.reward_scaler = RewardScaler()
         self._init_run()
 
-        params = None if pretrained is None else read_pretrained(self, pretrained)
-        arguments.check_ranges(self)
         if _init_setup_model:
             arguments.check_env(env)
+        params = None if pretrained is None else read_pretrained(self, pretrained)
+        if _init_setup_model:
             self._setup_model()
             arguments.check_training_arguments(self)
             if params is not None:
@@ -264,6 +264,7 @@ class DPPO(DecisionRollouts):
         self.lr_schedule = make_schedule("learning_rate", *self._lr_arguments)
 
     def _setup_model(self) -> None:
+        arguments.check_ranges(self)
         ranks.join()
         self._setup_lr_schedule()
         # As PPO keeps them.
@@ -336,14 +337,9 @@ class DPPO(DecisionRollouts):
             "clip_fraction", "ratio", "bc_loss", "base_kl" and "eta", with ``learn_std="state"`` also "std", and sums over the
             pairs of each denoising index, "by_denoising_step".
         """
-        settings = self._loss_settings()
-        loss, metrics = actor_loss(self.policy, samples, self._advantages(samples), settings, samples.n_pairs)
-        values = value_loss(self.policy, samples, settings.clip_range_vf, samples.n_values)
-        bc_loss = th.zeros_like(values)
-        if settings.bc_coef > 0:
-            bc_loss = behaviour_cloning_loss(self.policy, samples, samples.bc_noise.shape[1])  # type: ignore[union-attr]
-        loss = loss + settings.vf_coef * values + settings.bc_coef * bc_loss
-        return loss, metrics | dict(value_loss=values.detach(), bc_loss=bc_loss.detach())
+        parts = list(losses_of_slices(self.policy, samples, self._advantages(samples), self._loss_settings()))
+        loss = th.stack([loss for loss, _ in parts]).sum()
+        return loss, dict(ChainMap(*(metrics for _, metrics in parts), dict(bc_loss=th.zeros_like(loss.detach()))))
 
     def _optimizers(self, train_actor: bool) -> list[th.optim.Optimizer]:
         """Those that make the next gradient step."""

@@ -23,7 +23,7 @@ def compute_gradients(
     Compute the gradients of the losses of a minibatch.
 
     :param policy: The policy.
-    :param samples: The minibatch. Its ``bc_noise``, if any, comes with a ``bc_index``.
+    :param samples: The minibatch.
     :param advantages: Advantages of its pairs, shape (N,).
     :param settings: What else the losses depend on.
     :param train_actor: Whether the actor is trained, or only the critic.
@@ -36,12 +36,14 @@ def compute_gradients(
         optimizer.zero_grad()
     # Those that all ranks add up, also one without a share.
     metrics: Metrics = dict.fromkeys(("loss", "approx_kl") if train_actor else ("loss",), samples.returns.new_zeros(()))
-    for loss, part_metrics in _losses_of_slices(policy, samples, advantages, settings, train_actor, n_slices):
+    for loss, part_metrics in losses_of_slices(policy, samples, advantages, settings, train_actor, n_slices):
         loss.backward()
         for name, value in {"loss": loss.detach(), **part_metrics}.items():
             metrics[name] = metrics[name] + value if name in metrics else value
     if ranks.size() > 1:
         _add_other_ranks(policy, metrics, train_actor)
+    if train_actor:
+        policy.sampler.stop_at_bounds()
     return metrics
 
 
@@ -58,25 +60,35 @@ def _add_other_ranks(policy: DiffusionActorCriticPolicy, metrics: Metrics, train
     ranks.sum_over_ranks([*gradients, *(metrics[name] for name in ("loss", "approx_kl") if name in metrics)])
 
 
-def _losses_of_slices(
+def losses_of_slices(
     policy: DiffusionActorCriticPolicy,
     samples: DenoisingRolloutBufferSamples,
     advantages: th.Tensor,
     settings: LossSettings,
-    train_actor: bool,
-    n_slices: int,
+    train_actor: bool = True,
+    n_slices: int = 1,
 ) -> Iterator[tuple[th.Tensor, Metrics]]:
-    """Their sums, and those of the metrics, are the minibatch's: a graph at a time, each to be freed before the next."""
+    """
+    The losses of the actor, of behaviour cloning and of the critic, each slice by slice; arguments as of
+    :func:`compute_gradients`. Their sums, and those of the metrics, are the minibatch's: a graph at a time, each to be freed
+    before the next.
+    """
     own_pairs, own_values = len(samples.decision_index), len(samples.value_index)
     if train_actor:
         for rows in equal_slices(own_pairs, min(n_slices, own_pairs)):
             yield actor_loss(policy, samples.pairs(rows), advantages[rows], settings, samples.n_pairs)
-    if train_actor and samples.bc_noise is not None and samples.bc_index is not None:
-        own_chains = len(samples.bc_index)
-        for rows in equal_slices(own_chains, min(n_slices, own_chains)):
-            part = samples._replace(bc_noise=samples.bc_noise[:, rows], bc_index=samples.bc_index[rows])
-            # One for each of the critic's decisions.
-            bc_loss = behaviour_cloning_loss(policy, part, samples.n_values)
+    if train_actor and settings.bc_coef > 0:
+        if samples.bc_noise is None:
+            raise ValueError(
+                f"bc_coef={settings.bc_coef}, but the minibatch has no bc_noise, that of the base policy's chains."
+            )
+        # One chain for each of the critic's decisions, or where nothing else is said of each pair.
+        index, n_chains = samples.bc_index, samples.n_values
+        if index is None:
+            index, n_chains = samples.decision_index, samples.n_pairs
+        for rows in equal_slices(len(index), min(n_slices, len(index))):
+            part = samples._replace(bc_noise=samples.bc_noise[:, rows], bc_index=index[rows])
+            bc_loss = behaviour_cloning_loss(policy, part, n_chains)
             yield settings.bc_coef * bc_loss, dict(bc_loss=bc_loss.detach())
     # Of about as many rows as the actor's.
     n_slices = math.ceil(own_values * min(n_slices, own_pairs) / max(1, own_pairs))

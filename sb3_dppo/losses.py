@@ -136,13 +136,14 @@ def behaviour_cloning_loss(
 ) -> th.Tensor:
     """
     :param policy: The policy.
-    :param samples: A minibatch with ``bc_noise``, one chain of the base policy for each of M decisions, or a part of one.
+    :param samples: A minibatch with ``bc_noise`` and ``bc_index``, one chain of the base policy for each of M decisions, or a
+        part of one.
     :param n_chains: Chains of the whole minibatch.
     :return: Minus the log-probability, under the current policy, of these chains' steps, averaged over chains, steps, actions
         and action dimensions.
     """
-    assert samples.bc_noise is not None
-    obs = take(samples.observations, samples.decision_index if samples.bc_index is None else samples.bc_index)
+    assert samples.bc_noise is not None and samples.bc_index is not None
+    obs = take(samples.observations, samples.bc_index)
     chain = policy.sample_chain(obs, noise=samples.bc_noise, use_base=True).chain
     log_prob = policy.chain_log_prob(obs, chain).flatten(0, 1)
     whole_chunk = th.full((len(log_prob),), policy.horizon, device=log_prob.device)

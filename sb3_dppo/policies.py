@@ -1,5 +1,6 @@
 """Diffusion policies by the network that denoises."""
 
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -11,8 +12,8 @@ from sb3_dppo.arguments import check_names
 from sb3_dppo.diffusion.denoisers import Denoiser, MlpDenoiser, TransformerDenoiser, UnetDenoiser
 from sb3_dppo.diffusion.film_unet import FilmUnetDenoiser
 
-#: The paper's policies for Gym tasks, in policy_kwargs' terms, for pre-training and fine-tuning; the constructor's own defaults
-#: are for learning from scratch (Ren et al. 2024, table A7).
+#: The paper's policies for Gym tasks, in policy_kwargs' terms, for pre-training and fine-tuning (Ren et al. 2024, table A7).
+#: The constructor's own defaults are for learning from scratch.
 PAPER_POLICY_KWARGS: dict[str, Any] = dict(
     denoising_steps=20,
     horizon=4,
@@ -79,13 +80,17 @@ class _SequencePolicy(DiffusionActorCriticPolicy):
     def __init__(self, *args: Any, horizon: int = 4, **kwargs: Any) -> None:
         super().__init__(*args, horizon=horizon, **kwargs)  # type: ignore[misc]
 
-    def _widths(self, foreign: Sequence[str] = ("layer_norm", "obs_encoder_arch", "film")) -> Sequence[int]:
+    def _widths(self, foreign: Sequence[str] = ("layer_norm", "obs_encoder_arch", "film", "time_dim")) -> Sequence[int]:
         """The denoiser's, which must have been given none of the settings of other denoisers."""
+        defaults = inspect.signature(DiffusionActorCriticPolicy).parameters
         for name in foreign:
-            if self._constructor_parameters[name]:
-                value = self._constructor_parameters[name]
+            value = self._constructor_parameters[name]
+            if value and value != defaults[name].default:
                 raise ValueError(f"{name}={value} is a setting of DiffusionMlpPolicy: {type(self).__name__} has its own.")
-        return self.net_arch["pi"]  # type: ignore[call-overload]
+        widths = self.net_arch["pi"]  # type: ignore[call-overload]
+        if not widths:
+            raise ValueError(f"net_arch['pi']={widths} must have a width for each level or layer of {type(self).__name__}.")
+        return widths
 
 
 # Of the "film" net, in ``net_kwargs``.

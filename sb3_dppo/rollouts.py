@@ -104,8 +104,14 @@ class DecisionRollouts(ResumableAlgorithm):
         ranks.share_random_numbers(self.device)
         self._begin_rollout()
         self._apply_settings()
-        with self.policy.sampler.keep_constants():
-            return self._collect(env, callback, n_rollout_steps)
+        goes_on = False
+        try:
+            with self.policy.sampler.keep_constants():
+                goes_on = self._collect(env, callback, n_rollout_steps)
+        finally:
+            if not goes_on:  # These decisions are dropped.
+                self.reward_scaler.forget_episodes(env.num_envs)
+        return goes_on
 
     def _collect(self, env: VecEnv, callback: BaseCallback, n_rollout_steps: int) -> bool:
         """What is left of :meth:`collect_rollouts`."""
@@ -150,7 +156,6 @@ class DecisionRollouts(ResumableAlgorithm):
             if not goes_on:
                 self._last_obs, self._last_episode_starts = to_arrays(new_obs) if is_batched else new_obs, dones
                 ranks.all_agree(False)
-                self.reward_scaler.forget_episodes(env.num_envs)  # These decisions are dropped.
                 return False
 
             self._update_info_buffer(infos, dones)
@@ -164,7 +169,6 @@ class DecisionRollouts(ResumableAlgorithm):
         if is_batched:  # Arrays, for files.
             self._last_obs = to_arrays(obs)
         if not ranks.all_agree(True):
-            self.reward_scaler.forget_episodes(env.num_envs)
             return False
         with th.no_grad():
             last_values = self.policy.predict_values(to_tensors(obs, self.device))

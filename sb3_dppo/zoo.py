@@ -139,11 +139,12 @@ def _with_fixed_hyperparams(objective: Any) -> Any:
             trial.suggest_int("act_steps", act_steps, act_steps)
             fixed = set(manager._hyperparams)
             if "pretrained" not in fixed and "policy_kwargs" not in fixed:
-                trial.suggest_categorical("denoising_steps", [2, 3, 5])
+                if not {"inference_steps", "ft_denoising_steps"} & fixed:  # which must fit it
+                    trial.suggest_categorical("denoising_steps", [2, 3, 5])
                 trial.suggest_categorical("width", [64, 128, 256])
             if not {"min_sampling_std", "min_logprob_std"} & fixed:
                 if "pretrained" in fixed:
-                    trial.suggest_float("min_std", 0.03, 0.3, log=True)
+                    trial.suggest_float("min_std", 0.05, 0.3, log=True)
                 elif "policy_kwargs" not in fixed:
                     trial.suggest_float("log_std_init", -1.0, 0.5)
         return objective(manager, trial)

@@ -1,5 +1,6 @@
 """Arguments that do not fit end in an error that names them, before any work is done, and says what to do."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_dppo import DPPO
+from sb3_dppo import DPPO, ranks
+from sb3_dppo.arguments import warn_about_training_arguments
 from tests.test_sb3_conventions import SMALL, make_model
 
 NAN = float("nan")
@@ -78,6 +80,10 @@ NAN = float("nan")
         ("lr_warmup", "0.1"),
         ("act_steps", 1.0),
         ("rollout_buffer_class", "DenoisingRolloutBuffer"),
+        ("clip_range_rate", 100.0),
+        ("critic_warmup", 1.5),
+        ("batch_size", np.float32(8)),
+        ("learning_rate", lambda remaining: remaining - 0.5),
     ],
 )
 def test_values_out_of_range(name: str, value: Any) -> None:
@@ -118,7 +124,7 @@ def test_names_in_policy_kwargs() -> None:
 
 def test_arguments_of_methods(tmp_path: Path) -> None:
     model = make_model()
-    with pytest.raises(ValueError, match="total_timesteps='1e5' must be a number"):
+    with pytest.raises(ValueError, match="total_timesteps='1e5' must be a finite number"):
         model.learn("1e5")  # type: ignore[arg-type]
     model.save(tmp_path / "model")
     assert DPPO.load(tmp_path / "model", env="Pendulum-v1").n_envs == 1
@@ -142,6 +148,51 @@ def test_advantage_of_a_single_pair() -> None:
         make_model(n_steps=1, **one_step)
     make_model(batch_size=1, normalize_advantage=False).learn(16)
     make_model(n_steps=1, normalize_advantage=False, **one_step).learn(2)
+
+
+@pytest.mark.parametrize("shuffle", ["pairs", "decisions"])
+def test_no_minibatch_of_one_row(shuffle: str) -> None:
+    model = make_model(env="Pendulum-v1", n_steps=7, batch_size=2, policy_kwargs=SMALL | dict(denoising_steps=1))
+    model.learn(7)
+    sizes = [len(samples.decision_index) for samples in model.rollout_buffer.get(2, shuffle)]
+    assert sum(sizes) == 7 and min(sizes) == 2
+
+
+def test_minibatches_are_of_all_ranks(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    model = make_model(n_steps=16)
+    pairs = model.n_envs * 16 * model.policy.sampler.ft_denoising_steps
+    model.batch_size = 2 * pairs
+    with pytest.warns(UserWarning, match=f"batch_size={2 * pairs} is more than the {pairs} pairs"):
+        warn_about_training_arguments(model)
+    recwarn.clear()
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    warn_about_training_arguments(model)
+    assert not [warning for warning in recwarn if "batch_size" in str(warning.message)]
+
+
+def test_a_learned_std_begins_within_its_range() -> None:
+    with pytest.raises(ValueError, match=r"log_std_init=-3 means a std of 0.04979, outside std_range=\(0.1, 2.0\)"):
+        make_model(policy_kwargs=SMALL | dict(log_std_init=-3.0))
+    make_model(policy_kwargs=SMALL | dict(log_std_init=-3.0), std_range=(0.04, 1.0)).learn(16)
+
+
+def test_eta_below_a_learned_floor() -> None:
+    ddim = dict(scheduler="ddim", learn_eta="action", policy_kwargs=SMALL | dict(prediction_type="epsilon"))
+    with pytest.warns(UserWarning, match="learn_eta='action': the std's floor is learned, too"):
+        make_model(**ddim).learn(16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_model(**ddim, min_sampling_std=0.1).learn(16)
+
+
+def test_learning_for_no_number_of_steps() -> None:
+    with pytest.raises(ValueError, match="total_timesteps=nan must be a finite number"):
+        make_model().learn(NAN)  # type: ignore[arg-type]
+
+
+def test_an_optimiser_with_a_learning_rate_of_its_own() -> None:
+    with pytest.raises(ValueError, match=r"optimizer_kwargs\['lr'\]: learning rates are arguments of DPPO"):
+        make_model(policy_kwargs=SMALL | dict(optimizer_kwargs=dict(lr=1e-3)))
 
 
 def test_advantage_of_a_single_decision() -> None:

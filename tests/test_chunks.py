@@ -38,3 +38,5 @@ def test_a_restored_queue_is_independent() -> None:
     assert queue.pop()[0, 0] == 5
     with pytest.raises(ValueError, match="state is of 1 envs, but observation of 2: pass state=None"):
         ChunkQueue(2, 2, SPACE).restore(queue.state)
+    with pytest.raises(ValueError, match=r"state is of chunks of shape \(2, 2\), but this policy's of \(3, 2\)"):
+        ChunkQueue(1, 3, SPACE).restore(queue.state)

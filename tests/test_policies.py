@@ -12,7 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from torch import nn
 
-from sb3_dppo import BC, DPPO, Demonstrations, DiffusionMlpPolicy, DiffusionUnetPolicy
+from sb3_dppo import BC, DPPO, Demonstrations, DiffusionMlpPolicy, DiffusionTransformerPolicy, DiffusionUnetPolicy
 from sb3_dppo.chunks import noise_of_observations
 from sb3_dppo.policies import DiffusionActorCriticPolicy
 from tests.toy_envs import CountingEnv
@@ -415,9 +415,23 @@ def test_features_extractor_and_encoder_have_frozen_copies() -> None:
         (dict(film=True, residual=True), r"net_arch=\[16\] has no residual block that film=True could modulate"),
         (dict(features_extractor_class="Vit"), "features_extractor_class='Vit' is unknown"),
         (dict(activation_fn="swish"), "activation_fn='swish' is unknown.*relu.*torch.nn.ReLU"),
-        (dict(clip_sample_range="none"), "clip_sample_range='none' must be positive, None or 'auto'"),
-        (dict(clip_sample_range=0.0), "clip_sample_range=0.0 must be positive"),
+        (dict(clip_sample_range="none"), r"clip_sample_range='none' must be a positive number, or one of \[None, 'auto'\]"),
+        (dict(clip_sample_range=0.0), "clip_sample_range=0.0 must be a positive number"),
         (dict(use_sde=True), "use_sde"),
+        (dict(clip_final_action=-1.0), "clip_final_action=-1.0 must be a positive number"),
+        (dict(clip_final_action="auto"), "clip_final_action='auto' must be a positive number"),
+        (dict(clip_noise_pred=-1), "clip_noise_pred=-1 must be a positive number"),
+        (dict(denoising_steps=2.0), "denoising_steps=2.0 must be at least 1, a whole number"),
+        (dict(denoising_steps="2"), "denoising_steps='2' must be at least 1, a whole number"),
+        (dict(first_action=1.0), "first_action=1.0 must be at least 0, a whole number"),
+        (dict(first_action=4), "first_action=4 must be below horizon=4"),
+        (dict(time_dim="16"), "time_dim='16' must be at least 4, a whole number"),
+        (dict(net_arch=dict(pi=64)), r"net_arch\['pi'\]=64 must be a list of widths"),
+        (dict(net_arch=dict(pi=["64"])), r"net_arch\['pi'\]=\['64'\] must be a list of widths"),
+        (dict(net_arch=[0]), r"net_arch\['pi'\]=\[0\] must be a list of widths"),
+        (dict(obs_encoder_arch=16), "obs_encoder_arch=16 must be a list of widths"),
+        (dict(optimizer_class="AdamW"), "optimizer_class='AdamW' must be a class of torch.optim"),
+        (dict(log_std_init="0"), "log_std_init='0' must be a number"),
     ],
 )
 def test_errors(kwargs: dict[str, Any], message: str) -> None:
@@ -425,7 +439,17 @@ def test_errors(kwargs: dict[str, Any], message: str) -> None:
         make_policy(**kwargs)
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert make_policy(horizon=np.int64(4)).sample_chain(th.zeros(1, 5)).actions.shape[1] == 4
+
+
 def test_unet_errors() -> None:
+    with pytest.raises(ValueError, match="time_dim=32 is a setting of DiffusionMlpPolicy"):
+        make_policy(DiffusionUnetPolicy, time_dim=32)
+    with pytest.raises(ValueError, match=r"net_arch\['pi'\]=\[\] must have a width for each level"):
+        make_policy(DiffusionTransformerPolicy, net_arch=dict(pi=[]))
+    with pytest.raises(ValueError, match=r"obs_encoder_arch=\[16\] must be an odd number of equal widths, then the last"):
+        make_policy(DiffusionUnetPolicy, net="film", net_arch=dict(pi=[16, 32]), obs_encoder_arch=[16])
     with pytest.raises(ValueError, match="horizon=1 can't be halved 1 times"):
         make_policy(DiffusionUnetPolicy, horizon=1)
     with pytest.raises(ValueError, match="film=True is a setting of DiffusionMlpPolicy"):

@@ -102,6 +102,20 @@ def test_what_automatic_comes_to(expected: bool, kwargs: dict[str, Any], wrapper
     assert any("normalised twice" in str(warning.message) for warning in caught) == bool(twice)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_returns_of_a_rollout_that_broke_off_are_forgotten(error: type[BaseException]) -> None:
+    class Stop(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 22:
+                raise error
+            return True
+
+    model = DPPO("DiffusionMlpPolicy", "Pendulum-v1", n_steps=16, batch_size=16, n_epochs=1, seed=0, device="cpu")
+    with pytest.raises(error):
+        model.learn(64, callback=Stop())
+    assert (model.reward_scaler.returns == 0).all()
+
+
 @pytest.mark.parametrize("kwargs", [{}, dict(normalize_observations=True)])
 def test_ranges_of_demonstrations_stay(kwargs: dict[str, Any]) -> None:
     model = make_model(**kwargs)

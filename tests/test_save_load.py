@@ -158,6 +158,9 @@ def test_set_env() -> None:
     model.learn(32)
     model.set_env(make_vec_env("Pendulum-v1", 2, seed=5))
     model.learn(32, reset_num_timesteps=False)
+    one = make_model(n_envs=1)
+    one.set_env("Pendulum-v1")
+    one.learn(32, reset_num_timesteps=False)
     with pytest.raises(AssertionError, match="number of environments"):
         model.set_env(make_vec_env("Pendulum-v1", 3))
 
@@ -292,6 +295,11 @@ def test_load_errors(tmp_path: Path) -> None:
             super().__init__(*args, **kwargs)
 
     assert Subclass.load(tmp_path / "model", n_steps=8).n_steps == 8
+    env = make_vec_env("Pendulum-v1", 2)
+    loaded = DPPO.load(tmp_path / "model", env=env, stats_window_size=5).learn(32)
+    assert loaded.ep_info_buffer is not None and loaded.ep_info_buffer.maxlen == 5
+    with pytest.raises(ValueError, match="n_steps=1000.0 must be at least 1, a whole number"):
+        DPPO.load(tmp_path / "model", n_steps=1000.0)
     with pytest.raises(ValueError, match="ft_denoising_steps=5"):
         DPPO.load(tmp_path / "model", ft_denoising_steps=5)
     loaded = DPPO.load(tmp_path / "model", env=make_vec_env("Pendulum-v1", 1), n_steps=10)

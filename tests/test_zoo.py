@@ -97,6 +97,11 @@ def test_trials_with_a_pre_trained_agent_of_another_horizon(tmp_path: Path) -> N
     assert "policy_kwargs" not in params
 
 
+def test_trials_leave_denoising_steps_that_a_sampler_must_fit(tmp_path: Path) -> None:
+    fixed = one_trial(tmp_path, scheduler="ddim", inference_steps=2)
+    assert "denoising_steps" not in fixed["policy_kwargs"] and "net_arch" in fixed["policy_kwargs"]
+
+
 def test_trials_from_scratch_tune_the_policy_and_its_exploration(tmp_path: Path) -> None:
     params = one_trial(tmp_path)
     assert set(params["policy_kwargs"]) == {"denoising_steps", "net_arch", "log_std_init"}

@@ -125,6 +125,10 @@ class FilmUnetDenoiser(SinusoidalDenoiser):
         self.obs_encoder = nn.Identity()
         if obs_encoder_arch:
             arch = list(obs_encoder_arch)
+            if len(arch) % 2 != 0 or len(set(arch[:-1])) != 1:
+                raise ValueError(
+                    f"obs_encoder_arch={arch} must be an odd number of equal widths, then the last: as [256, 32]."
+                )
             self.obs_encoder = make_mlp(features_dim, arch[-1], arch[:-1], activation_fn, residual=True)
             features_dim = arch[-1]
 

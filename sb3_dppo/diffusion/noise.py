@@ -45,8 +45,13 @@ class NoiseNetwork(nn.Module):
         return self.mlp(th.cat([features.detach(), column], dim=1))
 
 
+def leads_out(x: th.Tensor, gradient: th.Tensor, low: float, high: float) -> th.Tensor:
+    """Where a descent step, which goes against the gradient, would take ``x`` from a bound, or beyond it, further out."""
+    return ((x <= low) & (gradient > 0)) | ((x >= high) & (gradient < 0))
+
+
 class InwardClamp(th.autograd.Function):
-    """A clamp that passes on gradients that lead back inside, so that a parameter beyond a bound is not stuck there."""
+    """A clamp that passes on gradients that lead back inside, so that what is beyond a bound is not stuck there."""
 
     @staticmethod
     def forward(ctx: Any, x: th.Tensor, low: float, high: float) -> th.Tensor:
@@ -57,6 +62,19 @@ class InwardClamp(th.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: th.Tensor) -> tuple[th.Tensor, None, None]:
         (x,), (low, high), gradient = ctx.saved_tensors, ctx.bounds, gradients[0]
-        # A descent step goes against the gradient.
-        outward = ((x <= low) & (gradient > 0)) | ((x >= high) & (gradient < 0))
-        return th.where(outward, 0.0, gradient), None, None
+        return th.where(leads_out(x, gradient, low, high), 0.0, gradient), None, None
+
+
+class StraightClamp(th.autograd.Function):
+    """
+    A clamp that passes on all gradients, for what the rows of a minibatch share: only the sum of their gradients tells whether
+    it leads out of the bounds.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: th.Tensor, low: float, high: float) -> th.Tensor:
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: th.Tensor) -> tuple[th.Tensor, None, None]:
+        return gradients[0], None, None

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sb3_dppo.diffusion.acceleration import Compiled, CudaGraphs, precision_context, threads_for
 from sb3_dppo.diffusion.constants import Constants
 from sb3_dppo.diffusion.denoisers import Denoiser, gather_rows
-from sb3_dppo.diffusion.noise import InwardClamp
+from sb3_dppo.diffusion.noise import InwardClamp, StraightClamp, leads_out
 from sb3_dppo.diffusion.process import DenoisingChain, Process, gaussian_log_prob
 from sb3_dppo.diffusion.settings import SamplerConfig
 
@@ -304,11 +304,13 @@ class DiffusionSampler:
         :return: DDIM's η, within ``eta_range``, shape (N, 1, Da). Differentiable, but not in the features.
         """
         if self.config.learn_eta == "state":
-            offset = self.networks.noise_network(features, 0.0)
-        else:
-            # Without the features, only the last bias has a gradient.
-            offset = self.networks.noise_network.output.bias.expand(len(features), -1)
-        return InwardClamp.apply(self.config.eta + offset, *self.config.eta_range)[:, None]
+            eta = self.config.eta + self.networks.noise_network(features, 0.0)
+            return InwardClamp.apply(eta, *self.config.eta_range)[:, None]
+        return StraightClamp.apply(self._shared_eta(), *self.config.eta_range).expand(len(features), 1, -1)
+
+    def _shared_eta(self) -> th.Tensor:
+        """η of all rows, not clamped, shape (Da,). Without the features, only the network's last bias has a gradient."""
+        return self.config.eta + self.networks.noise_network.output.bias
 
     def floors(self, features: th.Tensor | None = None, position: th.Tensor | None = None) -> tuple[Any, Any]:
         """
@@ -324,18 +326,39 @@ class DiffusionSampler:
 
     def learned_std(self, features: th.Tensor | None = None, position: th.Tensor | None = None) -> th.Tensor:
         """The learned floor of the std, differentiable; arguments and shape as of :meth:`floors`."""
-        log_std, learn_std = self.networks.log_std, self.config.learn_std
-        if learn_std is None:
-            std, bounds = log_std.exp(), self.config.std_range
-            return InwardClamp.apply(std, *bounds) if th.is_grad_enabled() else std.clamp(*bounds)
-        start = log_std.exp().detach() if self.config.has_log_std else self.config.floors[1]
-        network = self.networks.noise_network
-        if learn_std == "action":
-            offset = network.output.bias
-        else:
+        bounds = self.config.std_range
+        if self.config.learn_std == "state":
             assert features is not None and position is not None
-            offset = network(features, position / self.inference_steps)[:, None]
-        return InwardClamp.apply(start * offset.exp(), *self.config.std_range)
+            offset = self.networks.noise_network(features, position / self.inference_steps)[:, None]
+            return InwardClamp.apply(self._initial_std() * offset.exp(), *bounds)
+        std = self._shared_std()
+        return StraightClamp.apply(std, *bounds) if th.is_grad_enabled() else std.clamp(*bounds)
+
+    def _initial_std(self) -> Any:
+        """What ``learn_std`` begins with."""
+        return self.networks.log_std.exp().detach() if self.config.has_log_std else self.config.floors[1]
+
+    def _shared_std(self) -> th.Tensor:
+        """The learned floor of all rows, not clamped, shape (Da,)."""
+        if self.config.learn_std is None:
+            return self.networks.log_std.exp()
+        return self._initial_std() * self.networks.noise_network.output.bias.exp()
+
+    def stop_at_bounds(self) -> None:
+        """
+        Drop the gradients, those of a whole minibatch, that would lead an η or a std that all rows share out of its range.
+        (Of one that depends on the state, this is done row by row.)
+        """
+        config, bias = self.config, self.networks.noise_network.output.bias
+        shared = []
+        if config.learn_eta == "action":
+            shared.append((bias, self._shared_eta(), config.eta_range))
+        if config.learn_std == "action" or (config.learn_std is None and config.has_log_std):
+            parameter = self.networks.log_std if config.learn_std is None else bias
+            shared.append((parameter, self._shared_std(), config.std_range))
+        for parameter, value, bounds in shared:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(leads_out(value.detach(), parameter.grad, *bounds), 0.0)
 
     def _with_eta(self, sigma: th.Tensor, eta: float | th.Tensor) -> th.Tensor:
         """The std of steps whose std with η = 1 is ``sigma``."""

@@ -149,4 +149,4 @@ class SamplerConfig:
                 f"are run (inference_steps={self.inference_steps}, denoising_steps={process.denoising_steps})."
             )
         if self.learn_eta is not None and not process.is_ddim:
-            raise ValueError(f"learn_eta={self.learn_eta!r}: only DDIM has an η to learn, so use scheduler='ddim'.")
+            raise ValueError(f"learn_eta={self.learn_eta!r}: only a diffusion policy with scheduler='ddim' has an η to learn.")

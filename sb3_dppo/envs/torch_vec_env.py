@@ -125,7 +125,7 @@ class TorchVecEnv(BatchedVecEnv):
 
     @abstractmethod
     def step_all(self, actions: th.Tensor) -> BatchedStep:
-        """A :class:`BatchedStep`: step all envs with actions within the bounds of their space, float32, shape (n_envs, ...)."""
+        """Step all envs with actions within the bounds of their space, float32, shape (n_envs, ...): a ``BatchedStep``."""
 
     def step_tensors(self, actions: th.Tensor) -> tuple[PyTorchObs, np.ndarray, np.ndarray, BatchedInfos]:
         """

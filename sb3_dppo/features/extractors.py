@@ -21,8 +21,8 @@ class VitExtractor(BaseFeaturesExtractor):
 
     For an image, or a ``Dict`` of images and vectors, which are the proprioception and are appended to the features.
 
-    Any features extractor may have a method ``augment``, like this one: it is called once for each minibatch of the actor's
-    training, and what it returns goes through the actor's extractor and through the base policy's, so that both see the same.
+    Any features extractor may have a method ``augment``, like this one: it is called in training, once for each part of a
+    minibatch that goes through the actor's or the critic's. With ``kl_coef``, the base policy sees what the actor sees.
 
     :param observation_space: Observation space, with channels first.
     :param patch_size: Side of a patch in pixels; it must divide the images' sides.
@@ -54,7 +54,10 @@ class VitExtractor(BaseFeaturesExtractor):
             if is_image_space(space, check_channels=False, normalized_image=normalized_image)
         }
         if not images:
-            raise ValueError(f"VitExtractor: the observation space {observation_space} holds no image.")
+            raise ValueError(
+                f"VitExtractor: the observation space {observation_space} holds no image (uint8, 0 to 255; or float, with "
+                "normalize_images=False and features_extractor_kwargs=dict(normalized_image=True))."
+            )
         self.vector_keys = [key for key in parts if key not in images]
         n_vector = sum(spaces.utils.flatdim(parts[key]) for key in self.vector_keys)
         super().__init__(observation_space, features_dim=spatial_dim * len(images) + n_vector)

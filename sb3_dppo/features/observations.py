@@ -91,6 +91,14 @@ def check_observation_space(
                 f"{env_has}, but {part} must have a dimension: make its shape (1,), for instance with "
                 "gymnasium.wrappers.ReshapeObservation(env, (1,))."
             )
+        # Of what SB3's NatureCNN can look at, also in a Dict.
+        is_image = is_image_space(space, normalized_image=not normalize_images)
+        sides = (space.shape or ())[1:]
+        if features_extractor_class in (NatureCNN, CombinedExtractor) and is_image and min(sides) < 36:
+            raise ValueError(
+                f"{env_has}, but {part} must be at least 36 × 36 for SB3's NatureCNN: enlarge it (gymnasium.wrappers."
+                "ResizeObservation), or use features_extractor_class='VitExtractor'."
+            )
     is_dict = isinstance(observation_space, spaces.Dict)
     is_image = is_image_space(observation_space, normalized_image=not normalize_images)
     if features_extractor_class is FlattenExtractor:

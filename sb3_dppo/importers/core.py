@@ -5,7 +5,7 @@ from typing import Any
 
 import torch as th
 
-from sb3_dppo.actor_critic import by_network
+from sb3_dppo.arguments import by_network
 from sb3_dppo.dppo import DPPO
 from sb3_dppo.policies import PAPER_POLICY_KWARGS
 

@@ -87,8 +87,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         :return: The trained model
         :raises ValueError: for settings that can't be trained with, or an env that returns NaN
         """
-        if not isinstance(total_timesteps, (int, float, np.number)):
-            raise ValueError(f"total_timesteps={total_timesteps!r} must be a number.")
+        if not (isinstance(total_timesteps, (int, float, np.number)) and np.isfinite(total_timesteps)):
+            raise ValueError(f"total_timesteps={total_timesteps!r} must be a finite number.")
         if self.env is None:
             raise ValueError("The model has no env to learn in: load it with load(path, env=env), or call set_env(env).")
         self._check_before_learning()
@@ -97,6 +97,15 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         if ranks.size() > 1:  # The first rank saves the states of all, which it can't ask for then.
             self._rollout_start = RunState.of_all(self)
         return self
+
+    def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
+        """
+        Learn in this env from now on, see ``BaseAlgorithm.set_env``.
+
+        :param env: The env, or its id
+        :param force_reset: Force a call to ``reset()`` before training
+        """
+        super().set_env(maybe_make_env(env, verbose=0), force_reset)
 
     def dump_logs(self, iteration: int = 0) -> None:
         """
@@ -253,6 +262,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         :raises TypeError: for an argument that the constructor does not have
         """
         cls._check_names("load", kwargs)
+        if "stats_window_size" in kwargs:  # under which name it is kept
+            kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
         env = None if env is None else maybe_make_env(env, verbose=0)
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         if model._run_state is not None and kwargs.get("seed") is not None:
