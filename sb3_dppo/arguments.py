@@ -255,12 +255,12 @@ def warn_about_training_arguments(model: Any) -> None:
                     f"demonstrations: pre-train it (BC), or set {name}=0."
                 )
     config = sampler.config
-    learned = f"std_range={config.std_range}", config.std_range[0]
     if config.learn_eta is not None and config.has_log_std:
         warn(
-            f"learn_eta={config.learn_eta!r}: the std's floor is learned, too, and begins above what η gives, so that there is "
-            "little for η to learn: give a floor, for instance min_sampling_std=0.1."
+            f"learn_eta={config.learn_eta!r}: the std's floor is learned, too, and begins above what η gives, which leaves "
+            "η little to learn: give a floor, for instance min_sampling_std=0.1."
         )
+    learned = f"std_range={config.std_range}", config.std_range[0]
     argument, floor = learned if config.learns_std else (f"min_logprob_std={config.floors[1]}", config.floors[1])
     if floor < MIN_LOGPROB_STD:
         warn(

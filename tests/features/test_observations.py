@@ -94,8 +94,8 @@ CASES = {
 SAMPLERS: dict[str, dict[str, Any]] = {
     "ddpm": dict(scheduler="ddpm"),
     "ddim": dict(scheduler="ddim"),
-    "ddim-eta-per-action": dict(scheduler="ddim", learn_eta="action"),
-    "ddim-eta-of-state": dict(scheduler="ddim", learn_eta="state"),
+    "ddim-eta-per-action": dict(scheduler="ddim", learn_eta="action", eta=0.5, min_sampling_std=0.05),
+    "ddim-eta-of-state": dict(scheduler="ddim", learn_eta="state", eta=0.5, min_sampling_std=0.05),
     "euler": dict(scheduler="EulerDiscreteScheduler"),
 }
 # One case of each policy class, and DDPM and DDIM for all.
