@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch as th
 import yaml
-from stable_baselines3 import PPO
+from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -28,9 +28,11 @@ from study import Run, digest
 
 import sb3_dppo
 from sb3_dppo import BC, DPPO, load_demonstrations
+from sb3_dppo.envs import NoiseSpaceVecEnv, ResidualVecEnv
 from sb3_dppo.policies import PAPER_POLICY_KWARGS
 
-CLASSES: dict[str, type[BaseAlgorithm]] = {"dppo": DPPO, "ppo": PPO}
+CLASSES: dict[str, type[BaseAlgorithm]] = {"dppo": DPPO, "ppo": PPO, "sac": SAC}
+WRAPPERS: dict[str, Any] = {"noise": NoiseSpaceVecEnv, "residual": ResidualVecEnv}
 # Envs that are evaluated side by side: a policy decides for ten in little more time than for one.
 EVAL_ENVS = 10
 # Of a training, at most.
@@ -88,6 +90,8 @@ class Evaluations(BaseCallback):
         # The same episodes at every evaluation and for every algorithm, but others for each seed and none of training's.
         self.seed = 1_000_000 + 1000 * run.seed
         self.n_done = 0
+        # Of the env, also where the algorithm's step is a chunk.
+        self.env_steps = 0
         self.rows: list[list[float]] = []
         self.seconds = np.zeros(2)
         # The returns of training's episodes since the last of the rows of their means, which are at least this apart.
@@ -97,21 +101,24 @@ class Evaluations(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         last = self.training_rows[-1][0] if self.training_rows else 0
-        if self.training_returns and self.num_timesteps - last >= self.distance:
+        if self.training_returns and self.env_steps - last >= self.distance:
             mean, n = float(np.mean(self.training_returns)), len(self.training_returns)
-            self.training_rows.append([self.num_timesteps, round(mean, 2), n])
+            self.training_rows.append([self.env_steps, round(mean, 2), n])
             self.training_returns = []
 
     def _on_step(self) -> bool:
-        self.training_returns += [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
-        due = self.num_timesteps * self.run.evaluations // self.run.steps
+        infos = self.locals["infos"]
+        self.training_returns += [info["episode"]["r"] for info in infos if "episode" in info]
+        self.env_steps += sum(info.get("n_executed", 1) for info in infos)
+        due = self.env_steps * self.run.evaluations // self.run.steps
         # Past the last one, what is due is the evaluation after the last update.
         if self.n_done < min(due, self.run.evaluations - 1):
             self.n_done += 1
             before = clocks()
             self.evaluate(self.model, self.run.eval_episodes)
             self.seconds += clocks() - before
-        return True
+        # On-policy algorithms end by themselves, after a whole rollout.
+        return self.run.steering is None or self.env_steps < self.run.steps
 
     def evaluate(self, policy: Any, episodes: int) -> None:
         """
@@ -124,8 +131,7 @@ class Evaluations(BaseCallback):
                 sync_envs_normalization(policy.env, self.env)
             self.env.seed(self.seed)
             returns, _ = evaluate_policy(policy, self.env, episodes, deterministic=True, return_episode_rewards=True)
-        steps = getattr(policy, "num_timesteps", 0)
-        self.rows.append([steps, float(np.mean(returns)), float(np.std(returns)), episodes])
+        self.rows.append([self.env_steps, float(np.mean(returns)), float(np.std(returns)), episodes])
 
 
 def clocks() -> np.ndarray:
@@ -140,8 +146,9 @@ def run_one(run: Run, policies: Path, demonstrations: Path) -> dict[str, Any]:
     :param demonstrations: Folder of demonstrations.
     :return: The line for the file of results.
     """
+    pretrained = None if run.pretraining is None else pretrained_policy(run, policies, demonstrations)
     # What the constructor takes beside the run's arguments.
-    start: dict[str, Any] = {} if run.pretraining is None else {"pretrained": str(pretrained(run, policies, demonstrations))}
+    start: dict[str, Any] = {} if pretrained is None or run.steering else {"pretrained": str(pretrained)}
     versions: dict[str, str | None] = {name: version(name) for name in ("stable_baselines3", "torch", "gymnasium", "mujoco")}
     versions.update(sb3_dppo=sb3_dppo.__version__, sb3_dppo_commit=commit())
     seconds = np.zeros(2)
@@ -151,7 +158,12 @@ def run_one(run: Run, policies: Path, demonstrations: Path) -> dict[str, Any]:
             evaluations = Evaluations(run, eval_env)
             evaluations.evaluate(RandomPolicy(eval_env, evaluations.seed), run.final_eval_episodes)
         else:
-            model, eval_env, callbacks = from_zoo(run, folder, start) if run.settings == "zoo" else from_defaults(run, start)
+            if run.settings == "zoo":
+                model, eval_env, callbacks = from_zoo(run, folder, start)
+            elif pretrained is not None and run.steering is not None:
+                model, eval_env, callbacks = steering(run, pretrained)
+            else:
+                model, eval_env, callbacks = from_defaults(run, start)
             evaluations = Evaluations(run, eval_env)
             if start:
                 evaluations.evaluate(model, run.final_eval_episodes)
@@ -165,6 +177,7 @@ def run_one(run: Run, policies: Path, demonstrations: Path) -> dict[str, Any]:
     fields = ("study", "env", "algorithm", "seed", "hash", "policy", "settings", "pretraining", "steps")
     return {
         **{field: getattr(run, field) for field in fields},
+        **({} if run.steering is None else {"steering": run.steering}),
         "arguments": used_arguments(run),
         "evaluations": evaluations.rows,
         "training": evaluations.training_rows,
@@ -174,9 +187,9 @@ def run_one(run: Run, policies: Path, demonstrations: Path) -> dict[str, Any]:
     }
 
 
-def pretrained(run: Run, policies: Path, demonstrations: Path) -> Path:
+def pretrained_policy(run: Run, policies: Path, demonstrations: Path) -> Path:
     """
-    :param run: A run that begins with a pre-trained policy.
+    :param run: A run that has a pre-trained policy.
     :param policies: Folder of such policies.
     :param demonstrations: Folder of demonstrations.
     :return: The file of the policy of the run's env and seed, which is made if it is missing, once for all runs.
@@ -201,6 +214,19 @@ def from_defaults(run: Run, start: dict[str, Any]) -> tuple[BaseAlgorithm, VecEn
     """The model as a user makes it who changes nothing, and envs for evaluation."""
     model = CLASSES[run.algo](run.policy, run.env, seed=run.seed, device="cpu", **run.arguments, **start)
     return model, make_vec_env(run.env, min(EVAL_ENVS, run.eval_episodes)), []
+
+
+def steering(run: Run, pretrained: Path) -> tuple[BaseAlgorithm, VecEnv, list[BaseCallback]]:
+    """The model in an env that the pre-trained policy is a part of, and another such env for evaluation."""
+    how = run.steering
+    assert how is not None
+
+    def make(seed: int | None) -> VecEnv:
+        # One, for chunks of several would be cut where an episode ends in one of them.
+        return WRAPPERS[how["wrapper"]](make_vec_env(run.env, 1, seed=seed), pretrained, **how["arguments"])
+
+    model = CLASSES[run.algo](run.policy, make(run.seed), seed=run.seed, device="cpu", **run.arguments)
+    return model, make(None), []
 
 
 def from_zoo(run: Run, folder: str, start: dict[str, Any]) -> tuple[BaseAlgorithm, VecEnv, list[BaseCallback]]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-POLICIES = {"dppo": "DiffusionMlpPolicy", "ppo": "MlpPolicy", "random": ""}
+POLICIES = {"dppo": "DiffusionMlpPolicy", "ppo": "MlpPolicy", "sac": "MlpPolicy", "random": ""}
 Count = Field(ge=1)
 
 
@@ -39,23 +39,37 @@ class Pretraining(Strict):
     arguments: dict[str, Any] = {}
 
 
+class Steering(Strict):
+    """
+    How a pre-trained policy that stays as it is becomes a part of the env.
+
+    :param wrapper: "noise" (``NoiseSpaceVecEnv``) or "residual" (``ResidualVecEnv``).
+    :param arguments: What its constructor takes beside the envs and the policy.
+    """
+
+    wrapper: Literal["noise", "residual"]
+    arguments: dict[str, Any] = {}
+
+
 class Algorithm(Strict):
     """
     One of a study's algorithms.
 
-    :param algo: "dppo", "ppo" or "random", actions that are drawn uniformly.
+    :param algo: "dppo", "ppo", "sac" or "random", actions that are drawn uniformly.
     :param policy: Policy; default: the MLP policy of the algorithm.
     :param settings: "defaults" of the constructor, or "zoo": the env's entry in the YAML for RL Zoo, that for fine-tuning
         where there is a pre-training.
-    :param pretraining: The name of the pre-training whose policies it begins with; default: from scratch.
+    :param pretraining: The name of the pre-training whose policies it begins with or steers; default: from scratch.
+    :param steering: How it steers them.
     :param arguments: Arguments of the constructor or, with "zoo", what replaces values of the entry.
     :param zoo_env: By env, whose entry to take instead of its own.
     """
 
-    algo: Literal["dppo", "ppo", "random"]
+    algo: Literal["dppo", "ppo", "sac", "random"]
     policy: str | None = None
     settings: Literal["defaults", "zoo"] = "defaults"
     pretraining: str | None = None
+    steering: Steering | None = None
     arguments: dict[str, Any] = {}
     zoo_env: dict[str, str] = {}
 
@@ -63,7 +77,9 @@ class Algorithm(Strict):
     def _consistent(self) -> "Algorithm":
         if self.settings == "zoo" and (self.algo == "random" or self.policy is not None):
             raise ValueError("settings: zoo goes neither with algo: random nor with policy, which the entry has; remove one.")
-        if self.pretraining is not None and (self.algo != "dppo" or self.policy is not None):
+        if self.steering is not None and (self.algo != "sac" or self.settings == "zoo" or self.pretraining is None):
+            raise ValueError("steering goes with algo: sac, settings: defaults and a pretraining; change these or remove it.")
+        if self.pretraining is not None and self.steering is None and (self.algo != "dppo" or self.policy is not None):
             raise ValueError("pretraining goes neither without algo: dppo nor with policy, which it has itself; remove one.")
         if self.zoo_env and self.settings != "zoo":
             raise ValueError("zoo_env has no effect without settings: zoo; add that or remove zoo_env.")
@@ -95,6 +111,7 @@ class Run(Strict):
     policy: str
     settings: str
     pretraining: dict[str, Any] | None
+    steering: dict[str, Any] | None = None
     arguments: dict[str, Any]
     steps: int
     seed: int
@@ -104,9 +121,9 @@ class Run(Strict):
 
     @property
     def hash(self) -> str:
-        """Changes with the algorithm's arguments, the number of steps and the pre-training."""
+        """Changes with the algorithm's arguments, the number of steps, the pre-training and how that is steered."""
         parts = [self.algo, self.policy, self.settings, self.arguments, self.steps]
-        return digest(parts if self.pretraining is None else [*parts, self.pretraining])
+        return digest([*parts, *(part for part in (self.pretraining, self.steering) if part is not None)])
 
     @property
     def key(self) -> tuple[str, str, int, str]:
@@ -204,7 +221,7 @@ class Study(Strict):
             entry = zoo_entry(file, algorithm.zoo_env.get(env, env), f"algorithms.{name}.zoo_env")
             arguments = {**entry, **arguments}
         policy = algorithm.policy or arguments.get("policy", POLICIES[algorithm.algo])
-        if pretraining is not None:
+        if pretraining is not None and algorithm.steering is None:
             policy = pretraining["policy"]
         return Run(
             study=self.name,
@@ -214,6 +231,7 @@ class Study(Strict):
             policy=policy,
             settings=algorithm.settings,
             pretraining=pretraining,
+            steering=None if algorithm.steering is None else algorithm.steering.model_dump(),
             arguments=arguments,
             seed=seed,
             **numbers,

@@ -127,8 +127,8 @@ def test_ctrl_c_ends_the_workers(tmp_path: Path) -> None:
         ({"steps": 0}, "steps: 0 is wrong here. Input should be greater than or equal to 1"),
         ({"sedes": [0]}, "sedes: there is no such field (value [0]); there are envs, algorithms, steps"),
         (
-            {"algorithms": {"a": {"algo": "sac"}}, "baseline": None},
-            "algorithms.a.algo: 'sac' is wrong here. Input should be 'dppo'",
+            {"algorithms": {"a": {"algo": "td3"}}, "baseline": None},
+            "algorithms.a.algo: 'td3' is wrong here. Input should be 'dppo'",
         ),
         (
             {"algorithms": {"a": {"algo": "ppo", "lr": 1}}, "baseline": None},
@@ -281,6 +281,31 @@ def test_pretrained_policies_are_shared_by_algorithms(tmp_path: Path) -> None:
     start = {"pretrained": str(next((tmp_path / "policies").glob("*.zip")))}
     model, _, _ = run_one.from_defaults(runs[0], start)
     assert model.pretrained_on_demonstrations and model.policy.horizon == 2 and model.act_steps == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("wrapper", ["noise", "residual"])
+def test_a_frozen_policy_is_steered_for_as_many_env_steps(wrapper: str, tmp_path: Path) -> None:
+    pretraining = {
+        "demonstrations": {"Pendulum-v1": "swings.npz"},
+        "epochs": 1,
+        "policy_kwargs": {"horizon": 2, "net_arch": [16]},
+    }
+    env = gym.make("Pendulum-v1")
+    swings = collect_demonstrations(env, lambda *_: (env.action_space.sample(), None), 1, seed=0, progress_bar=False)
+    swings.save(tmp_path / "swings.npz")
+    steering = {"wrapper": wrapper, "arguments": {"scheduler": "ddim"}}
+    algorithm = {"algo": "sac", "pretraining": "bc", "steering": steering, "arguments": {"learning_starts": 10_000}}
+    changes: Any = dict(algorithms={"sac": algorithm}, pretraining={"bc": pretraining}, baseline=None)
+    (run,) = study.read_study(write(tmp_path, **changes)).runs()
+    assert run.policy == "MlpPolicy" and run.hash != run.model_copy(update={"steering": None}).hash
+    row = run_one.run_one(run, tmp_path / "policies", tmp_path)
+    assert row["steering"] == steering and row["arguments"]["learning_starts"] == 10_000
+    steps = [evaluation[0] for evaluation in row["evaluations"]]
+    assert steps == [150, 300]
+    assert [training[2] for training in row["training"]] == [1]
+    algorithm["algo"] = "dppo"
+    with pytest.raises(ValueError, match="steering goes with algo: sac"):
+        study.read_study(write(tmp_path, **changes))
 
 
 def test_pretrained_policies_take_the_entry_for_fine_tuning(tmp_path: Path) -> None:
