@@ -1,6 +1,7 @@
 """Settings for all tests."""
 
 import multiprocessing
+from collections.abc import Iterator
 
 import pytest
 import torch as th
@@ -12,6 +13,14 @@ settings.load_profile("repeatable")
 
 # Processes that tests start are forked from one that has loaded all this: an import takes seconds.
 multiprocessing.set_forkserver_preload(["tests.scenarios", "rl_zoo3.exp_manager"])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Loggers of Stable-Baselines3 write where pytest cleans up."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("SB3_LOGDIR", str(tmp_path_factory.mktemp("sb3")))
+        yield
 
 
 @pytest.fixture(autouse=True)
