@@ -13,6 +13,7 @@ from torch import nn
 from sb3_dppo import DPPO, DiffusionUnetPolicy, import_reference_checkpoint
 from sb3_dppo.diffusion.film_unet import FilmUnetDenoiser
 from sb3_dppo.importers.film_unet import infer_film_unet, rename_film_unet
+from tests.importers.test_reference import ReferenceMlp, random_mlp
 from tests.test_policies import make_policy
 
 DATA = Path(__file__).parents[1] / "data"
@@ -139,6 +140,27 @@ def test_a_dimension_without_range_is_as_in_the_reference(name: str, encoder: bo
         for policy, features in ((model.policy, model.policy.extract_features(obs)), (plain.policy, theirs))
     ]
     th.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_encoder_of_observations_is_the_references() -> None:
+    """A residual MLP, after which each block has one linear layer."""
+    _, _, arrays, config = build("unet_small_encoder_bias")
+    tensors = {f"network.{key.removeprefix('weights/')}": value for key, value in arrays.items() if key.startswith("weights/")}
+    obs = arrays["obs"].flatten(1)
+    n_obs, activation = obs.shape[1], config.get("activation_type", "Mish").lower()
+    encoder = random_mlp("cond_mlp", [n_obs, 24, 24, 24, n_obs], True, False, th.Generator().manual_seed(0))
+    model = import_reference_checkpoint(
+        tensors | {f"network.{name}": value for name, value in encoder.items()},
+        (box(n_obs), box(config["action_dim"])),
+        policy_kwargs=dict(
+            denoising_steps=20,
+            horizon=config["horizon_steps"],
+            activation_fn=activation,
+            net_kwargs=dict(n_groups=config["n_groups"]),
+        ),
+    )
+    expected = ReferenceMlp(encoder, activation, 0).mlp("cond_mlp", obs)
+    th.testing.assert_close(model.policy.denoiser.encode(obs), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
