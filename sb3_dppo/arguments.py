@@ -65,7 +65,7 @@ def by_network(net_arch: Any) -> Any:
 
 def check_policy_arguments(given: Mapping[str, Any]) -> None:
     """ValueError that names the argument, for values of a policy's ``policy_kwargs`` that no network can be made of."""
-    for name, least in (("horizon", 1), ("denoising_steps", 1), ("first_action", 0), ("time_dim", 4)):
+    for name, least in (("horizon", 1), ("denoising_steps", 1), ("first_action", 0), ("time_dim", 1)):
         if not (is_number(given[name], whole=True) and given[name] >= least):
             raise ValueError(f"{name}={given[name]!r} must be at least {least}, a whole number.")
     if given["first_action"] >= given["horizon"]:

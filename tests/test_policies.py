@@ -425,7 +425,7 @@ def test_features_extractor_and_encoder_have_frozen_copies() -> None:
         (dict(denoising_steps="2"), "denoising_steps='2' must be at least 1, a whole number"),
         (dict(first_action=1.0), "first_action=1.0 must be at least 0, a whole number"),
         (dict(first_action=4), "first_action=4 must be below horizon=4"),
-        (dict(time_dim="16"), "time_dim='16' must be at least 4, a whole number"),
+        (dict(time_dim="16"), "time_dim='16' must be at least 1, a whole number"),
         (dict(net_arch=dict(pi=64)), r"net_arch\['pi'\]=64 must be a list of widths"),
         (dict(net_arch=dict(pi=["64"])), r"net_arch\['pi'\]=\['64'\] must be a list of widths"),
         (dict(net_arch=[0]), r"net_arch\['pi'\]=\[0\] must be a list of widths"),
