@@ -16,7 +16,7 @@ multiprocessing.set_forkserver_preload(["tests.scenarios", "rl_zoo3.exp_manager"
 
 
 @pytest.fixture(autouse=True, scope="session")
-def logs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def folder_of_loggers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Loggers of Stable-Baselines3 write where pytest cleans up."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("SB3_LOGDIR", str(tmp_path_factory.mktemp("sb3")))

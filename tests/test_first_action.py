@@ -104,7 +104,7 @@ def test_is_saved_and_steered(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings,message",
     [
-        (dict(policy_kwargs=KWARGS | dict(first_action=5)), "first_action=5 must be at least 0 and below horizon=5"),
+        (dict(policy_kwargs=KWARGS | dict(first_action=5)), "first_action=5 must be below horizon=5"),
         (dict(policy_kwargs=KWARGS | dict(first_action=-1)), "first_action=-1"),
         (dict(act_steps=4), "act_steps=4 must be between 1 and horizon=5 less first_action=2"),
     ],
