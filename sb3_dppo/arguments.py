@@ -202,10 +202,10 @@ def check_ranges(model: Any) -> None:
             continue
         schedule, positive = make_schedule(name, value), name == "clip_range_vf"
         first, last = float(schedule(1.0)), float(schedule(0.0))
-        if not min(first, last) >= 0 or (positive and first == 0):
+        if not (first >= 0 and last >= 0) or (positive and first == 0):
             rule = "be positive, or None for no clipping" if positive else "not be negative"
-            is_number_twice = is_number(value) or first == last
-            values = "" if is_number_twice else f", which is {first} at the beginning of a run and {last} at its end,"
+            is_constant = is_number(value) or first == last
+            values = "" if is_constant else f", which is {first} at the beginning of a run and {last} at its end,"
             raise ValueError(f"{name}={value!r}{values} must {rule}.")
     for name, choices in CHOICES.items():
         if getattr(model, name) not in choices:

@@ -84,6 +84,7 @@ NAN = float("nan")
         ("critic_warmup", 1.5),
         ("batch_size", np.float32(8)),
         ("learning_rate", lambda remaining: remaining - 0.5),
+        ("learning_rate", lambda remaining: 1e-3 if remaining > 0 else NAN),
     ],
 )
 def test_values_out_of_range(name: str, value: Any) -> None:
